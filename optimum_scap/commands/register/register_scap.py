@@ -1,0 +1,9 @@
+"""Makes optimum-cli know SCAP. Installed into the namespace folder optimum/commands/register, which it reads."""
+
+from optimum_scap.commands.export import extend_openvino_export
+from optimum_scap.commands.scap import SCAPCommand
+
+
+extend_openvino_export()
+
+REGISTER_COMMANDS = [SCAPCommand]

@@ -1,0 +1,172 @@
+"""SCAPConfig: what to prune, how much, and how to calibrate. It validates itself and round-trips through JSON."""
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import SCAPError
+from .roles import FFN_ROLES, ROLES, Role
+
+
+Mode = Literal["zero", "mean", "median", "kde"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+Sparsity = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+
+
+class RoleTarget(BaseModel):
+    """Target of one role: the fraction of input channels to prune per token, in [0, 1), and the mode estimator."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: Sparsity
+    mode: Mode = "zero"
+
+
+class SCAPConfig(BaseModel):
+    """What to prune and how to calibrate it.
+
+    Args:
+        targets: per role (see `optimum_scap.roles.ROLES`) the target sparsity and the mode estimator. A bare number
+            stands for mode `zero`. A role with sparsity 0 is left dense.
+        include: regular expressions searched in module paths; when given, only layers that one of them matches are
+            pruned.
+        exclude: regular expressions searched in module paths; layers that one of them matches stay dense.
+        dataset: what to calibrate on when no dataset object is passed: a name that optimum-intel's dataset helper
+            knows, a local .txt, .jsonl, .json or .parquet file, or `auto` (text that the model itself generates).
+        num_samples: number of calibration samples.
+        seq_len: tokens per calibration sample.
+        seed: seed of every random choice made during calibration.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field that is wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: dict[Role, RoleTarget] = Field(min_length=1)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dataset: str = "auto"
+    num_samples: int = Field(default=64, ge=1)
+    seq_len: int = Field(default=256, ge=1)
+    seed: int = Field(default=42, ge=0)
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _numbers_are_targets(cls, targets: Any) -> Any:
+        if not isinstance(targets, dict):
+            return targets
+        for role in targets:
+            if role not in ROLES:
+                raise ValueError(f"unknown role {role!r}, choose from {', '.join(ROLES)}")
+        return {
+            role: {"sparsity": target} if isinstance(target, int | float) else target
+            for role, target in targets.items()
+        }
+
+    @field_validator("targets")
+    @classmethod
+    def _something_to_prune(cls, targets: dict[Role, RoleTarget]) -> dict[Role, RoleTarget]:
+        if all(target.sparsity == 0 for target in targets.values()):
+            raise ValueError("every role has sparsity 0, there is nothing to prune")
+        return targets
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return patterns
+
+    @classmethod
+    def from_spec(cls, spec: str, mode: str | None = None, **fields: Any) -> "SCAPConfig":
+        """Builds a config from the specification string of the command line.
+
+        Args:
+            spec: a number (`0.5`, every FFN role), pairs (`up=0.35,gate=0.35,down=0.55`), or the triplets of the
+                reference implementation (`up,zero,0.35,gate,zero,0.35,down,kde,0.55`).
+            mode: the mode of the roles for which `spec` names none: one mode, or pairs `down=kde,up=zero`.
+            fields: the other fields of SCAPConfig.
+
+        Raises:
+            SCAPError: one line that says which part is wrong.
+        """
+        targets = _parse_targets(spec)
+        modes = _parse_modes(mode, tuple(targets))
+        entries = {
+            role: {"sparsity": sparsity, "mode": named_mode or modes.get(role, "zero")}
+            for role, (named_mode, sparsity) in targets.items()
+        }
+        try:
+            return cls.model_validate({"targets": entries, **fields})
+        except ValidationError as error:
+            raise SCAPError(describe_validation_error(error)) from error
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """The problems that pydantic found as one line: `field: what is wrong`, joined by semicolons."""
+    problems = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{field}: {message} (got {problem['input']!r})" if field else message)
+    return "; ".join(problems)
+
+
+def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
+    """{role: (mode or None, sparsity)} from any of the three forms; sparsities are not checked for their range."""
+    spec = spec.strip()
+    try:
+        return {role: (None, float(spec)) for role in FFN_ROLES}
+    except ValueError:
+        pass
+    parts = [part.strip() for part in spec.split(",")]
+    if "=" in spec:
+        entries: list[tuple[str, str | None, str]] = []
+        for part in parts:
+            role, equals, sparsity = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise SCAPError(f"SCAP specification {spec!r}: {part!r} is not of the form role=sparsity")
+            entries.append((role, None, sparsity))
+    else:
+        if len(parts) % 3:
+            raise SCAPError(
+                f"SCAP specification {spec!r}: expected a number, role=sparsity pairs, or triplets "
+                f"role,mode,sparsity; got {len(parts)} comma-separated values, which is not a multiple of three"
+            )
+        entries = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
+
+    targets: dict[str, tuple[str | None, float]] = {}
+    for role, mode, sparsity in entries:
+        if role not in ROLES:
+            raise SCAPError(f"SCAP specification {spec!r}: unknown role {role!r}, choose from {', '.join(ROLES)}")
+        if mode is not None and mode not in MODES:
+            raise SCAPError(f"SCAP specification {spec!r}: unknown mode {mode!r}, choose from {', '.join(MODES)}")
+        if role in targets:
+            raise SCAPError(f"SCAP specification {spec!r}: role {role!r} is given twice")
+        try:
+            targets[role] = (mode, float(sparsity))
+        except ValueError:
+            raise SCAPError(f"SCAP specification {spec!r}: {sparsity!r} is not a number (role {role!r})") from None
+    return targets
+
+
+def _parse_modes(mode: str | None, roles: tuple[str, ...]) -> dict[str, str]:
+    if mode is None:
+        return {}
+    modes: dict[str, str] = {}
+    for part in mode.split(","):
+        role, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            role, name = "", role
+        if name not in MODES:
+            raise SCAPError(f"mode {mode!r}: unknown mode {name!r}, choose from {', '.join(MODES)}")
+        if role and role not in roles:
+            raise SCAPError(f"mode {mode!r}: role {role!r} has no target sparsity (roles given: {', '.join(roles)})")
+        modes.update({role: name} if role else dict.fromkeys(roles, name))
+    return modes

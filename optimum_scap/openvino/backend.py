@@ -1,0 +1,235 @@
+"""SCAP on an `ov.Model`: collect statistics on the IR itself, insert the threshold operations, keep the parameters."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+from pydantic import ValidationError
+
+from .. import __version__
+from ..calibration import (
+    LayerParameters,
+    SCAPParameters,
+    Site,
+    Thresholding,
+    Visit,
+    calibrate,
+    check_patterns,
+    select_targets,
+)
+from ..config import RoleTarget, SCAPConfig, describe_validation_error
+from ..errors import SCAPError
+from ..roles import ROLES
+from .graph import FullyConnected, find_fully_connected
+from .inference import Runner, model_with_outputs, run_over
+from .threshold_ops import find_threshold_ops, insert_adjustable_ops, insert_threshold_ops, pruned_fractions
+
+
+logger = logging.getLogger(__name__)
+
+_RT_INFO = ["optimum_scap", "parameters"]
+
+
+def sparsify_models(
+    models: Mapping[str, ov.Model], config: SCAPConfig, samples: Mapping[str, Iterable[Any]]
+) -> SCAPParameters:
+    """Calibrates SCAP on one or several models that work together and inserts the threshold operations in place.
+
+    Args:
+        models: the models by name, uncompressed or with weights compressed by NNCF (an encoder-decoder has two). None
+            of them is touched until all are calibrated.
+        config: what to prune.
+        samples: inputs per model name (dicts by input name, or the inputs in order); iterated several times. A model
+            without samples stays dense.
+
+    Returns:
+        The parameters of all pruned layers. Every changed model carries its own, see `read_parameters`.
+
+    Raises:
+        SCAPError: if a model is sparse already, nothing matches the config, or calibration is impossible.
+    """
+    layers = check_models(models, config)
+    found: dict[str, dict[Site, Thresholding]] = {}
+    for name, model in models.items():
+        sites = _sites(layers[name], config)
+        if sites and name in samples:
+            thresholdings = calibrate(sites, _Collector(model, sites, samples[name]), config.seed)
+            found[name] = {site: thresholdings[site.key] for site in sites}
+    if not found:
+        raise SCAPError("the calibration dataset has no samples for any model that holds layers to prune")
+
+    everything: dict[str, LayerParameters] = {}
+    for name, thresholds in found.items():
+        for site, thresholding in thresholds.items():
+            insert_threshold_ops([layers[name][path] for path in site.layers], thresholding)
+        models[name].validate_nodes_and_infer_types()
+        parameters = _parameters(layers[name], thresholds)
+        everything.update(parameters)
+        own = SCAPParameters(version=__version__, config=config, layers=parameters)
+        models[name].set_rt_info(own.model_dump_json(), _RT_INFO)
+    return SCAPParameters(version=__version__, config=config, layers=everything)
+
+
+def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str, dict[str, FullyConnected]]:
+    """Checks, before any calibration data is made, that `config` can be applied to `models`.
+
+    Returns:
+        The fully connected layers by module path, per model.
+
+    Raises:
+        SCAPError: if a model is sparse already or nothing in any of them matches the config.
+    """
+    for name, model in models.items():
+        if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
+            raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
+    layers = {name: {layer.path: layer for layer in named_layers(model)} for name, model in models.items()}
+    everything = {path: layer for named in layers.values() for path, layer in named.items()}
+    if not everything:
+        raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
+    check_patterns(everything, config)
+    present = {layer.role for layer in everything.values() if layer.role}
+    if not select_targets([(path, layer.role) for path, layer in everything.items()], config):
+        raise SCAPError(
+            f"no fully connected layer is left to prune: the targets name {', '.join(config.targets)}, the model has "
+            f"{', '.join(role for role in ROLES if role in present) or 'no layer of a known role'}"
+        )
+    for role in config.targets:
+        if role not in present:
+            logger.info("the model has no layer of role %s", role)
+    return layers
+
+
+def _parameters(
+    layers: Mapping[str, FullyConnected], thresholds: Mapping[Site, Thresholding]
+) -> dict[str, LayerParameters]:
+    by_path = {path: (site, thresholding) for site, thresholding in thresholds.items() for path in site.layers}
+    return {
+        path: LayerParameters(
+            role=layer.role,
+            method=by_path[path][0].target.mode,
+            target_sparsity=by_path[path][0].target.sparsity,
+            mode=float(by_path[path][1].mode),
+            threshold=float(by_path[path][1].threshold),
+        )
+        for path, layer in layers.items()
+        if path in by_path and layer.role is not None
+    }
+
+
+def read_parameters(model: ov.Model) -> SCAPParameters | None:
+    """The SCAP parameters that `model` carries, None if it carries none.
+
+    Raises:
+        SCAPError: if what it carries cannot be read.
+    """
+    if not model.has_rt_info(_RT_INFO):
+        return None
+    try:
+        return SCAPParameters.model_validate_json(model.get_rt_info(_RT_INFO).astype(str))
+    except ValidationError as error:
+        raise SCAPError(f"the model's SCAP parameters are damaged: {describe_validation_error(error)}") from error
+
+
+def measure_sparsity(model: ov.Model, samples: Iterable[Any], total: int | None = None) -> dict[str, float]:
+    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path."""
+    ops = find_threshold_ops(clone := model.clone())
+    if not ops:
+        return {}
+    run = Runner(model_with_outputs(clone, pruned_fractions(ops)))
+    batches: list[list[float]] = []
+    run_over(samples, lambda sample: batches.append([value.item() for value in run(sample)]), total, "Sparsity")
+    means = np.mean(np.array(batches), axis=0)
+    return {match.layer.path: float(mean) for match, mean in zip(ops, means, strict=True)}
+
+
+def named_layers(model: ov.Model) -> list[FullyConnected]:
+    """The fully connected layers of `model`; where several share a module path, only the first one has it.
+
+    The others (the low-rank branches of NNCF's LoRA correction, a layer that is called twice) stay dense.
+    """
+    named: dict[str, FullyConnected] = {}
+    for layer in find_fully_connected(model):
+        named.setdefault(layer.path, layer)
+    return list(named.values())
+
+
+def _sites(layers: Mapping[str, FullyConnected], config: SCAPConfig) -> list[Site]:
+    """Layers that read the same activations with the same target share a site, as gate and up do."""
+    grouped: dict[tuple[str, int, RoleTarget], list[str]] = {}
+    for path, target in select_targets([(path, layer.role) for path, layer in layers.items()], config).items():
+        source = layers[path].node.input_value(0)
+        grouped.setdefault((source.get_node().get_name(), source.get_index(), target), []).append(path)
+    return [Site(paths[0], tuple(paths), target) for (_, _, target), paths in grouped.items()]
+
+
+class _Collector:
+    """Runs the model over the samples with thresholds that can be changed between passes without recompiling.
+
+    In a clone of the model every site becomes `Select(|x - m| <= t, m, x)` with m and t as model inputs; what is
+    pruned takes the value m itself, so that no bias has to be folded while m is not known.
+    """
+
+    def __init__(self, model: ov.Model, sites: list[Site], samples: Iterable[Any]) -> None:
+        self._sites = sites
+        self._samples = samples
+        self._total = _length(samples)
+        clone = model.clone()
+        layers = {layer.path: layer for layer in named_layers(clone)}
+        parameters, outputs = [], []
+        for index, site in enumerate(sites):
+            mode, threshold = (_scalar_parameter(_input_name(index, name)) for name in ("mode", "threshold"))
+            first = layers[site.layers[0]]
+            outputs.append(first.activations)
+            insert_adjustable_ops([layers[path] for path in site.layers], mode, threshold)
+            parameters += [mode, threshold]
+        self._run = Runner(model_with_outputs(clone, outputs, parameters))
+
+    def __call__(self, current: dict[str, Thresholding], fraction: float, description: str, visit: Visit) -> None:
+        inputs = {}
+        for index, site in enumerate(self._sites):
+            inputs[_input_name(index, "mode")] = np.array(current[site.key].mode)
+            inputs[_input_name(index, "threshold")] = np.array(current[site.key].threshold)
+        self._run.set_fixed_inputs(inputs)
+
+        def collect(sample: Any) -> None:
+            for site, activations in zip(self._sites, self._run(sample), strict=True):
+                visit(site.key, without_padding(activations, sample))
+
+        limit = None if self._total is None else max(1, math.ceil(self._total * fraction))
+        if run_over(self._samples, collect, self._total, description, limit) == 0:
+            raise SCAPError("the calibration dataset is empty")
+
+
+def without_padding(activations: np.ndarray, sample: Any) -> np.ndarray:
+    """`activations` `[batch, tokens, channels]` without the tokens that the sample's attention mask marks as padding.
+
+    Returned unchanged when there is no mask of this shape; else `[kept tokens, channels]`.
+    """
+    mask = sample.get("attention_mask") if isinstance(sample, dict) else None
+    if mask is None:
+        return activations
+    mask = np.asarray(mask)
+    if mask.all() or activations.shape[:-1] != mask.shape:
+        return activations
+    return activations[mask.astype(bool)]
+
+
+def _scalar_parameter(name: str) -> ov.Node:
+    parameter = opset.parameter([], np.float32, name=name)
+    parameter.output(0).set_names({name})
+    return parameter
+
+
+def _input_name(index: int, what: str) -> str:
+    return f"scap.{index}.{what}"
+
+
+def _length(samples: Iterable[Any]) -> int | None:
+    try:
+        return len(samples)  # type: ignore[arg-type]
+    except TypeError:
+        return None

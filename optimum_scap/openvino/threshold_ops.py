@@ -1,0 +1,194 @@
+"""The threshold operations of SCAP in an `ov.Model`: insert them, recognise them, measure what they prune.
+
+In front of a fully connected layer `y = W x + b` stands
+
+    mode == 0:  Abs(x) -> LessEqual(t) -> Select(0, x)                                   -> MatMul
+    mode != 0:  d = Subtract(x, m);  Abs(d) -> LessEqual(t) -> Select(0, d)              -> MatMul -> Add(b + m * W.1)
+    quantised activations, mode != 0:  as above, but Select(m, x) -> FakeQuantize        -> MatMul
+
+which is `keep_i = |x_i - m| > t` in float32 (a NaN is kept). Without the mode this is the pattern that NNCF's torch
+backend exports. Where the activations are quantised too, the quantiser was calibrated on x, not on x - m: what is
+pruned becomes m itself there, and nothing is folded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+from openvino.utils.node_factory import NodeFactory
+
+from ..calibration import Thresholding
+from .graph import FullyConnected, evaluate_constant, evaluate_weights, find_fully_connected, is_constant
+
+
+@dataclass(frozen=True)
+class ThresholdOps:
+    """The threshold operations in front of one fully connected layer."""
+
+    layer: FullyConnected
+    select: ov.Node
+    mask: ov.Output  # boolean, true where the channel is pruned
+    source: ov.Output  # the activations before pruning
+    mode: float
+    threshold: float
+
+
+def insert_threshold_ops(layers: Sequence[FullyConnected], thresholding: Thresholding) -> None:
+    """Prunes the shared input of `layers` in place, folding the mode into each layer's bias.
+
+    Args:
+        layers: fully connected layers that read the same activations through the same quantisers.
+        thresholding: float32 mode and threshold.
+    """
+    mode = np.float32(thresholding.mode)
+    source = _source_in_float32(layers[0])
+    threshold = _scalar(np.float32(thresholding.threshold), "threshold", layers[0])
+    mode_constant = _scalar(mode, "mode", layers[0])
+    if mode != 0 and layers[0].quantizers:
+        select = _select_mode(source, mode_constant, threshold)
+    else:
+        centred = source if mode == 0 else opset.subtract(source, mode_constant).output(0)
+        mask = opset.less_equal(opset.abs(centred), threshold)
+        select = opset.select(mask, opset.constant(np.float32(0.0)), centred)
+        if mode != 0:
+            for layer in layers:
+                _add_to_bias(layer, mode * evaluate_weights(layer).sum(axis=1, dtype=np.float64))
+    select.set_friendly_name(f"{layers[0].path}/scap/Select")
+    _replace_input(layers, select.output(0))
+
+
+def insert_adjustable_ops(layers: Sequence[FullyConnected], mode: ov.Node, threshold: ov.Node) -> None:
+    """Prunes the shared input of `layers` in place with a float32 scalar mode and threshold that are model inputs.
+
+    What is pruned becomes the mode itself, which gives the same outputs as folding it, for any mode.
+    """
+    select = _select_mode(_source_in_float32(layers[0]), mode, threshold)
+    _replace_input(layers, select.output(0))
+
+
+def _select_mode(source: ov.Output, mode: ov.Node, threshold: ov.Node) -> ov.Node:
+    mask = opset.less_equal(opset.abs(opset.subtract(source, mode)), threshold)
+    return opset.select(mask, mode, source)
+
+
+def _source_in_float32(layer: FullyConnected) -> ov.Output:
+    source = layer.activations
+    return source if source.get_element_type() == ov.Type.f32 else opset.convert(source, "f32").output(0)
+
+
+def _replace_input(layers: Sequence[FullyConnected], value: ov.Output) -> None:
+    element_type = layers[0].activations.get_element_type()
+    if element_type != ov.Type.f32:
+        value = opset.convert(value, element_type.get_type_name()).output(0)
+    for quantizer in reversed(layers[0].quantizers):
+        value = _clone(quantizer, value)
+    for layer in layers:
+        layer.node.input(0).replace_source_output(value)
+
+
+def find_threshold_ops(model: ov.Model) -> list[ThresholdOps]:
+    """The threshold operations of every fully connected layer of `model` that has them, ours or NNCF's."""
+    found = []
+    for layer in find_fully_connected(model):
+        match = match_threshold_ops(layer)
+        if match is not None:
+            found.append(match)
+    return found
+
+
+def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
+    """The threshold operations in front of `layer`, or None if its input is not pruned."""
+    select = _skip_convert(layer.activations).get_node()
+    if select.get_type_name() != "Select":
+        return None
+    mask, fill, kept = select.input_values()
+    less_equal = mask.get_node()
+    if less_equal.get_type_name() != "LessEqual" or not is_constant(less_equal.input_value(1)):
+        return None
+    magnitude = _skip_convert(less_equal.input_value(0)).get_node()
+    if magnitude.get_type_name() != "Abs" or not is_constant(fill):
+        return None
+    threshold, fill_value = (evaluate_constant(value) for value in (less_equal.input_value(1), fill))
+    if threshold.size != 1 or fill_value.size != 1:
+        return None
+    centred = magnitude.input_value(0)
+    subtract = centred.get_node()
+    mode, source = np.float32(0.0), centred
+    if subtract.get_type_name() == "Subtract" and is_constant(subtract.input_value(1)):
+        mode_value = evaluate_constant(subtract.input_value(1))
+        if mode_value.size == 1:
+            mode, source = mode_value.reshape(()), subtract.input_value(0)
+    reads_centred = _same(kept, centred) and fill_value.item() == 0
+    reads_source = _same(kept, source) and fill_value.item() == mode
+    if not reads_centred and not reads_source:
+        return None
+    return ThresholdOps(layer, select, mask, source, float(mode), float(threshold.item()))
+
+
+def pruned_fractions(ops: Sequence[ThresholdOps]) -> list[ov.Output]:
+    """One scalar output per layer: the fraction of its input channels that one inference prunes."""
+    return [
+        opset.reduce_mean(
+            opset.convert(match.mask, "f32"), _all_axes(match.mask.get_partial_shape().rank.get_length())
+        ).output(0)
+        for match in ops
+    ]
+
+
+def _all_axes(rank: int) -> ov.Node:
+    return opset.constant(np.arange(rank, dtype=np.int64))
+
+
+def _same(a: ov.Output, b: ov.Output) -> bool:
+    return a.get_node().get_name() == b.get_node().get_name() and a.get_index() == b.get_index()
+
+
+def _skip_convert(value: ov.Output) -> ov.Output:
+    while value.get_node().get_type_name() == "Convert":
+        value = value.get_node().input_value(0)
+    return value
+
+
+def _scalar(value: np.float32, name: str, layer: FullyConnected) -> ov.Node:
+    node = opset.constant(value)
+    node.set_friendly_name(f"{layer.path}/scap/{name}")
+    return node
+
+
+def _clone(quantizer: ov.Node, value: ov.Output) -> ov.Output:
+    inputs = [value, *quantizer.input_values()[1:]]
+    node = NodeFactory("opset13").create(quantizer.get_type_name(), inputs, quantizer.get_attributes())
+    node.set_friendly_name(f"{quantizer.get_friendly_name()}/scap")
+    return node.output(0)
+
+
+def _add_to_bias(layer: FullyConnected, addend: np.ndarray) -> None:
+    """Adds `addend` `[out_features]` to the output of `layer`: to its constant bias if it has one, else as an Add."""
+    output = layer.node.output(0)
+    readers = list(output.get_target_inputs())
+    if len(readers) == 1 and readers[0].get_node().get_type_name() == "Add":
+        add = readers[0].get_node()
+        bias_port = 1 - readers[0].get_index()
+        if is_constant(add.input_value(bias_port)):
+            bias = evaluate_constant(add.input_value(bias_port)).astype(np.float64)
+            if bias.ndim and bias.shape[-1] in (1, layer.out_features) and bias.size == bias.shape[-1]:
+                folded = (bias + addend.reshape((1,) * (bias.ndim - 1) + (-1,))).astype(np.float32)
+                add.input(bias_port).replace_source_output(_constant_like(folded, layer).output(0))
+                return
+    rank = output.get_partial_shape().rank.get_length()
+    bias_constant = _constant_like(addend.astype(np.float32).reshape((1,) * (rank - 1) + (-1,)), layer)
+    added = opset.add(output, bias_constant)
+    added.set_friendly_name(f"{layer.path}/scap/Add")
+    for reader in readers:
+        reader.replace_source_output(added.output(0))
+
+
+def _constant_like(value: np.ndarray, layer: FullyConnected) -> ov.Node:
+    element_type = layer.node.get_output_element_type(0)
+    constant = opset.constant(value)
+    constant.set_friendly_name(f"{layer.path}/scap/bias")
+    if element_type == ov.Type.f32:
+        return constant
+    return opset.convert(constant, element_type.get_type_name())

@@ -1,0 +1,100 @@
+"""Which module path plays which role: one table for every architecture and both backends.
+
+A role names what a fully connected layer does inside its block. The table is keyed by the tail of the module path,
+compared component by component, and the longest tail wins: ``attention.output.dense`` is `o` although
+``output.dense`` is `down`. A PyTorch module path (``model.layers.0.mlp.up_proj``) and the node name that the
+OpenVINO exporter derives from it (``__module.model.layers.0.mlp.up_proj/aten::linear/MatMul``) give the same role.
+"""
+
+import re
+from typing import Literal, get_args
+
+
+Role = Literal["q", "k", "v", "o", "qkv", "up", "gate", "down", "in", "out"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+FFN_ROLES: tuple[Role, ...] = ("up", "gate", "down")
+
+# A layer that computes gate and up at once (Phi-3, ChatGLM) plays `up`.
+_PATH_TAILS: dict[Role, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "attention.q_lin", "SelfAttention.q", "EncDecAttention.q", "wq"),
+    "k": ("k_proj", "key", "attention.k_lin", "SelfAttention.k", "EncDecAttention.k", "wk"),
+    "v": ("v_proj", "value", "attention.v_lin", "SelfAttention.v", "EncDecAttention.v", "wv"),
+    "o": (
+        "o_proj",  # Llama, Mistral, Qwen, Gemma
+        "self_attn.out_proj",  # OPT, CLIP, Whisper
+        "encoder_attn.out_proj",
+        "attn.out_proj",  # MPT, GPT-J, GPT-Neo
+        "attention.out_proj",
+        "self_attn.dense",  # Phi-1, Phi-2
+        "self_attention.dense",  # Falcon, BLOOM
+        "attention.dense",  # GPT-NeoX
+        "attn.c_proj",  # GPT-2
+        "attention.output.dense",  # BERT, ViT
+        "attention.o_proj",
+        "attention.out_lin",  # DistilBERT
+        "SelfAttention.o",  # T5
+        "EncDecAttention.o",
+        "attention.wo",  # InternLM2
+    ),
+    "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv"),
+    "up": (
+        "up_proj",  # Llama, Mistral, Qwen, Gemma, MPT
+        "gate_up_proj",  # Phi-3
+        "fc1",  # Phi-1, Phi-2, OPT, CLIP, Whisper
+        "fc_in",  # GPT-J
+        "mlp.c_fc",  # GPT-2, GPT-Neo
+        "dense_h_to_4h",  # Falcon, BLOOM, GPT-NeoX
+        "intermediate.dense",  # BERT, ViT
+        "ffn.lin1",  # DistilBERT
+        "DenseReluDense.wi",  # T5
+        "DenseReluDense.wi_1",
+        "feed_forward.w3",  # InternLM2
+        "w3",  # Mixtral
+    ),
+    "gate": ("gate_proj", "DenseReluDense.wi_0", "feed_forward.w1", "w1"),
+    "down": (
+        "down_proj",
+        "fc2",
+        "fc_out",
+        "mlp.c_proj",
+        "dense_4h_to_h",
+        "output.dense",
+        "ffn.lin2",
+        "DenseReluDense.wo",
+        "feed_forward.w2",
+        "w2",
+    ),
+    "in": ("mixer.in_proj", "mamba.in_proj"),
+    "out": ("mixer.out_proj", "mamba.out_proj"),
+}
+
+_TAIL_TO_ROLE: dict[tuple[str, ...], Role] = {
+    tuple(tail.split(".")): role for role, tails in _PATH_TAILS.items() for tail in tails
+}
+_LONGEST_TAIL = max(len(tail) for tail in _TAIL_TO_ROLE)
+
+_TRACED_OPERATION = re.compile(r"/(aten|prim|ov_ext|torch|torch_nncf)::")
+_WRAPPER_PREFIXES = ("__module.", "_orig_mod.", "module.")
+
+
+def module_path(name: str) -> str:
+    """The dotted module path behind `name`, which may be a PyTorch module path or the name of an IR node."""
+    traced = _TRACED_OPERATION.search(name)
+    if traced:
+        name = name[: traced.start()]
+    elif "/" in name:  # ONNX style: /model/layers.0/mlp/up_proj/MatMul, the last component is the operation
+        name = name.strip("/").rpartition("/")[0].replace("/", ".")
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def find_role(name: str) -> Role | None:
+    """The role of the fully connected layer called `name` (a module path or an IR node name), None if it has none."""
+    parts = module_path(name).split(".")
+    for length in range(min(_LONGEST_TAIL, len(parts)), 0, -1):
+        role = _TAIL_TO_ROLE.get(tuple(parts[-length:]))
+        if role is not None:
+            return role
+    return None

@@ -1,0 +1,84 @@
+"""sparsify_activations: the one entry point, for every kind of model."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import SCAPConfig
+from .errors import SCAPError
+
+
+def sparsify_activations(
+    model: Any,
+    config: SCAPConfig | str,
+    dataset: Any = None,
+    *,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Applies Statistical Calibrated Activation Pruning (SCAP, arXiv 2412.07174) to a model, after training.
+
+    The input activations of each selected fully connected layer are pruned where `|x_i - mode| <= threshold`; mode
+    and threshold are calibrated on `dataset` so that the target sparsity is realised while all layers are sparse.
+
+    Args:
+        model: an `openvino.Model` or any optimum-intel `OVModel*`, with or without compressed weights. It is changed
+            in place, and not at all if anything fails before calibration is complete.
+        config: what to prune; a string is parsed by `SCAPConfig.from_spec`.
+        dataset: for an `openvino.Model` an `nncf.Dataset` or an iterable of model inputs that can be iterated several
+            times. For an `OVModel*` also a `datasets.Dataset`, the name of a dataset that optimum-intel's helper
+            knows, a local .txt, .jsonl, .json or .parquet file, or `auto`; by default `config.dataset`.
+        tokenizer: (OVModel* only) the tokenizer or where to load it from; by default the model's folder.
+        trust_remote_code: (OVModel* only) whether the tokenizer may bring code of its own.
+
+    Returns:
+        `model`.
+
+    Raises:
+        SCAPError: (a ValueError) if the model is of another kind or sparse already, nothing in it matches the config,
+            the dataset is unusable, or a layer's activations are NaN, infinite or all zero.
+    """
+    if isinstance(config, str):
+        config = SCAPConfig.from_spec(config)
+    if _is_instance(model, "openvino", "Model"):
+        from .openvino.backend import sparsify_models
+
+        if dataset is None:
+            raise SCAPError("an openvino.Model has no tokenizer: pass a dataset of model inputs")
+        data = list(dataset.get_inference_data() if hasattr(dataset, "get_inference_data") else dataset)
+        config = config.model_copy(update={"dataset": "custom"})
+        sparsify_models({"model": model}, config, {"model": data})
+        return model
+    if _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin"):
+        return _sparsify_optimum_model(model, config, dataset, tokenizer, trust_remote_code)
+    raise SCAPError(
+        f"models of type {type(model).__module__}.{type(model).__name__} are not supported; pass an openvino.Model or "
+        "an optimum-intel OVModel"
+    )
+
+
+def _sparsify_optimum_model(
+    model: Any, config: SCAPConfig, dataset: Any, tokenizer: str | Path | Any, trust_remote_code: bool
+) -> Any:
+    from .openvino.backend import check_models, sparsify_models
+    from .openvino.dataset import build_samples
+
+    submodels = dict(model.ov_models)
+    if any(_is_instance(submodel, "openvino", "CompiledModel") for submodel in submodels.values()):
+        raise SCAPError("the model was loaded with compile_only=True and cannot be changed; load it without")
+    check_models(submodels, config)
+    if dataset is not None:
+        name = str(dataset) if isinstance(dataset, str | Path) else "custom"
+        config = config.model_copy(update={"dataset": name})
+    try:
+        samples = build_samples(model, config, dataset, tokenizer, trust_remote_code)
+        sparsify_models(submodels, config, samples)
+    finally:
+        model.clear_requests()
+    return model
+
+
+def _is_instance(value: Any, module: str, name: str) -> bool:
+    """isinstance without importing the module: where it was never imported, nothing can be an instance."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(value, cls)

@@ -1,0 +1,126 @@
+"""Calibration and evaluation text from local files, cut into windows of tokens."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import SCAPError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+# Characters read per token wanted; a token of any usual vocabulary is shorter, and the rest lets windows spread out.
+_CHARACTERS_PER_TOKEN = 32
+
+
+def is_text_file(name: str) -> bool:
+    """Whether `name` means a local file rather than the name of a dataset."""
+    return Path(name).suffix.lower() in SUFFIXES or Path(name).exists()
+
+
+def read_documents(path: str | Path) -> Iterator[str]:
+    """The non-empty documents of a local .txt (one document), .jsonl, .json or .parquet file (one per row).
+
+    Raises:
+        SCAPError: naming the file, if it is missing, unreadable, or has no text column.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise SCAPError(f"dataset file {path} does not exist or is not a file")
+    if suffix not in SUFFIXES:
+        raise SCAPError(f"dataset file {path}: unknown kind {suffix or '(no suffix)'}, use {', '.join(SUFFIXES)}")
+    try:
+        if suffix == ".txt":
+            documents: Any = [path.read_text(encoding="utf-8")]
+        else:
+            documents = _read_column(path, suffix)
+    except SCAPError:
+        raise
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise SCAPError(f"dataset file {path} cannot be read: {reason[0]}") from error
+    for document in documents:
+        if isinstance(document, str) and document.strip():
+            yield document
+
+
+def _read_column(path: Path, suffix: str) -> list[Any]:
+    """The text column of a table: `text` if there is one, else the only column of strings."""
+    from datasets import Dataset, Value, disable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
+
+    disable_progress_bars()
+    read = Dataset.from_parquet if suffix == ".parquet" else Dataset.from_json
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            table = read(str(path), cache_dir=cache, keep_in_memory=True)
+        except DatasetGenerationError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+        strings = [
+            name
+            for name, feature in table.features.items()
+            if isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        ]
+        if "text" in strings:
+            strings = ["text"]
+        if len(strings) != 1:
+            raise SCAPError(
+                f"dataset file {path}: expected a column of strings called 'text', found "
+                f"{', '.join(table.column_names) or 'no column'}"
+            )
+        return list(table[strings[0]])
+
+
+def token_windows(
+    path: str | Path, tokenizer: "PreTrainedTokenizerBase", num_samples: int, seq_len: int
+) -> list[dict[str, list[int]]]:
+    """`num_samples` windows of `seq_len` tokens, spread evenly over the beginning of a local file.
+
+    Args:
+        path: see `read_documents`; documents are joined by blank lines.
+        tokenizer: adds its special tokens to every window.
+        num_samples: how many windows; fewer are returned if the file is too small for so many.
+        seq_len: tokens per window, special tokens included.
+
+    Returns:
+        Tokenizer outputs (`input_ids`, `attention_mask`, ...), each `seq_len` long.
+
+    Raises:
+        SCAPError: if the file cannot be read, is empty, or holds less than one window.
+    """
+    wanted = num_samples * seq_len * _CHARACTERS_PER_TOKEN
+    pieces: list[str] = []
+    length = 0
+    for document in read_documents(path):
+        pieces.append(document[: wanted - length])
+        length += len(pieces[-1]) + 2
+        if length >= wanted:
+            break
+    if not pieces:
+        raise SCAPError(f"dataset file {path} is empty: it holds no text")
+    windows = _windows("\n\n".join(pieces), tokenizer, seq_len)
+    if not windows:
+        raise SCAPError(
+            f"dataset file {path} is too short: it holds less than one sample of {seq_len} tokens; give more text or "
+            "ask for shorter samples"
+        )
+    count = min(num_samples, len(windows))
+    return [windows[index * len(windows) // count] for index in range(count)]
+
+
+def _windows(text: str, tokenizer: "PreTrainedTokenizerBase", seq_len: int) -> list[dict[str, list[int]]]:
+    if tokenizer.is_fast:
+        batch = tokenizer(text, truncation=True, max_length=seq_len, return_overflowing_tokens=True)
+        names = [name for name in batch if name != "overflow_to_sample_mapping"]
+        windows = [{name: batch[name][index] for name in names} for index in range(len(batch["input_ids"]))]
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        chunks = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
+        windows = [{"input_ids": chunk, "attention_mask": [1] * len(chunk)} for chunk in chunks]
+    return [window for window in windows if len(window["input_ids"]) == seq_len]

@@ -1,0 +1,74 @@
+"""Fixtures: a real small model, real prose, and its exports. Everything is made once per session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+def optimum_cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the installed console script."""
+    script = Path(sys.executable).with_name("optimum-cli")
+    return subprocess.run(
+        [str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def smollm2(workspace: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    from demo_data import write_smollm2
+
+    return write_smollm2(workspace / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def texts(workspace: Path) -> tuple[Path, Path]:
+    """(calibration prose, disjoint evaluation prose)."""
+    from demo_data import write_prose
+
+    return write_prose(workspace / "texts")
+
+
+def _export(model: Path, output: Path, *flags: str) -> Path:
+    result = optimum_cli("export", "openvino", "-m", model, "--task", "text-generation-with-past", *flags, output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def dense_int8(smollm2: Path, workspace: Path) -> Path:
+    return _export(smollm2, workspace / "dense-int8", "--weight-format", "int8")
+
+
+@pytest.fixture(scope="session")
+def dense_int4(smollm2: Path, workspace: Path) -> Path:
+    return _export(smollm2, workspace / "dense-int4", "--weight-format", "int4", "--group-size", "64")
+
+
+@pytest.fixture(scope="session")
+def sparse_int8(smollm2: Path, texts: tuple[Path, Path], workspace: Path) -> Path:
+    """The main job: one command from the model to a sparse INT8 folder."""
+    output = workspace / "sparse-int8"
+    result = optimum_cli(
+        *("export", "openvino", "-m", smollm2, "--weight-format", "int8"),
+        *("--scap", "up=0.35,gate=0.35,down=0.55", "--scap-dataset", texts[0]),
+        *("--scap-num-samples", "8", "--scap-seq-len", "128", output),
+    )
+    assert result.returncode == 0, result.stderr
+    return output
