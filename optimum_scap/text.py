@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import SCAPError
+from .errors import SCAPError, first_line
 
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def read_documents(path: str | Path) -> Iterator[str]:
     if suffix not in SUFFIXES:
         raise SCAPError(f"dataset file {path}: unknown kind {suffix or '(no suffix)'}, use {', '.join(SUFFIXES)}")
     try:
+        if path.stat().st_size == 0:
+            return
         if suffix == ".txt":
             documents: Any = [path.read_text(encoding="utf-8")]
         else:
@@ -43,8 +45,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
     except SCAPError:
         raise
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise SCAPError(f"dataset file {path} cannot be read: {reason[0]}") from error
+        raise SCAPError(f"dataset file {path} cannot be read: {first_line(error)}") from error
     for document in documents:
         if isinstance(document, str) and document.strip():
             yield document
@@ -54,14 +55,16 @@ def _read_column(path: Path, suffix: str) -> list[Any]:
     """The text column of a table: `text` if there is one, else the only column of strings."""
     from datasets import Dataset, Value, disable_progress_bars
     from datasets.exceptions import DatasetGenerationError
+    from datasets.utils import logging as datasets_logging
 
     disable_progress_bars()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what goes wrong is raised, with the name of the file
     read = Dataset.from_parquet if suffix == ".parquet" else Dataset.from_json
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = read(str(path), cache_dir=cache, keep_in_memory=True)
         except DatasetGenerationError as error:
-            raise ValueError(str(error.__cause__ or error)) from error
+            raise ValueError(first_line(error.__cause__ or error)) from error
         strings = [
             name
             for name, feature in table.features.items()

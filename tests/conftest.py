@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo_data import write_prose, write_smollm2
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
 def optimum_cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,16 +32,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2(workspace: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder."""
-    from demo_data import write_smollm2
-
     return write_smollm2(workspace / "smollm2")
 
 
 @pytest.fixture(scope="session")
 def texts(workspace: Path) -> tuple[Path, Path]:
     """(calibration prose, disjoint evaluation prose)."""
-    from demo_data import write_prose
-
     return write_prose(workspace / "texts")
 
 

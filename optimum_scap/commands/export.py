@@ -59,6 +59,7 @@ def _export_sparse(command: Any, export: Any) -> None:
             export(command)
             sparsify_folder(
                 staging,
+                staging,
                 config,
                 task=args.task,
                 library=args.library,

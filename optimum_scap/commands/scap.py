@@ -1,6 +1,5 @@
 """`optimum-cli scap`: apply SCAP to an exported folder, and show what a folder holds."""
 
-import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -40,14 +39,13 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
                 raise SCAPError(f"output folder {args.output} is the model folder itself; choose another")
             check_dataset_name(config.dataset)
             with staged_output(args.output) as staging:
-                shutil.copytree(args.model, staging, dirs_exist_ok=True)
                 sparsify_folder(
+                    args.model,
                     staging,
                     config,
                     task=args.task,
                     library=args.library,
                     trust_remote_code=args.trust_remote_code,
-                    tokenizer=args.model,
                 )
         print(f"SCAP model written to {args.output}")
 

@@ -13,7 +13,7 @@ from optimum.intel.openvino.quantization import OVCalibrationDatasetBuilder
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..config import SCAPConfig
-from ..errors import SCAPError
+from ..errors import SCAPError, first_line
 from ..text import is_text_file, token_windows
 
 
@@ -127,9 +127,8 @@ def _from_name(
         return _unpack(builder.build_from_quantization_config(_helper_config(config, options, tokenizer)))
     except Exception as error:
         # What a missing network raises depends on the versions of datasets, huggingface_hub and httpx.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if name == "auto" else "; without network use a local .txt, .jsonl, .json or .parquet file, or auto"
-        raise SCAPError(f"calibration dataset {name!r} could not be loaded: {reason}{hint}") from error
+        raise SCAPError(f"calibration dataset {name!r} could not be loaded: {first_line(error)}{hint}") from error
 
 
 def _helper_config(config: SCAPConfig, dataset: str | None, tokenizer: Any) -> OVQuantizationConfigBase:
@@ -163,5 +162,4 @@ def _load_tokenizer(source: Any, trust_remote_code: bool) -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SCAPError(f"no tokenizer could be loaded from {source}: {reason}") from error
+        raise SCAPError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error

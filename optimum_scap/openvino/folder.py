@@ -9,7 +9,7 @@ import openvino as ov
 
 from ..calibration import SCAPParameters
 from ..config import SCAPConfig
-from ..errors import SCAPError
+from ..errors import SCAPError, first_line
 from .backend import read_parameters
 
 
@@ -52,18 +52,20 @@ def read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
 
 
 def sparsify_folder(
-    folder: Path,
+    source: Path,
+    output: Path,
     config: SCAPConfig,
     *,
     task: str = "auto",
     library: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: str | Path | None = None,
-) -> SCAPParameters:
-    """Sparsifies the model in `folder` in place.
+) -> None:
+    """Sparsifies the exported OpenVINO model in `source` and writes the whole folder to `output`.
 
     Args:
-        folder: an exported OpenVINO model, which nothing else is using.
+        source: the exported model.
+        output: an empty folder, or `source` itself, which nothing else must be using then.
         config: what to prune and how to calibrate.
         task: the task it was exported for; `auto` reads it from the config.
         library: `transformers` unless given.
@@ -75,34 +77,40 @@ def sparsify_folder(
     """
     from ..sparsify import sparsify_activations
 
-    check_folder(folder)
+    check_folder(source)
     if task == "auto":
-        task = infer_task(folder, trust_remote_code)
-    model = load_optimum_model(folder, task, library, trust_remote_code)
-    has_tokenizer = (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
-    source = folder if has_tokenizer or tokenizer is None else tokenizer
-    sparsify_activations(model, config, tokenizer=str(source), trust_remote_code=trust_remote_code)
+        task = infer_task(source, trust_remote_code)
+    model = load_optimum_model(source, task, library, trust_remote_code)
+    has_tokenizer = (source / "tokenizer_config.json").exists() or (source / "tokenizer.json").exists()
+    tokenizer = source if has_tokenizer or tokenizer is None else tokenizer
+    sparsify_activations(model, config, tokenizer=str(tokenizer), trust_remote_code=trust_remote_code)
 
-    rewritten = []
-    for name, relative in model._ov_model_paths.items():
-        submodel = model.ov_models[name]
-        if read_parameters(submodel) is not None:
-            target = folder / relative
-            temporary = target.with_name(f"{target.stem}.scap.xml")
-            save_model(submodel, temporary)
-            rewritten.append((temporary, target))
-        del submodel
+    changed = {
+        relative: submodel
+        for name, relative in model._ov_model_paths.items()
+        if read_parameters(submodel := model.ov_models[name]) is not None
+    }
+    if output.resolve() != source.resolve():
+        replaced = {str(Path(relative).with_suffix(suffix)) for relative in changed for suffix in (".xml", ".bin")}
+        _copy_folder(source, output, without=replaced)
+    for relative, submodel in changed.items():
+        save_model(submodel, output / f"{relative}.sparse.xml")
+    written = list(changed)
     # The files that are replaced are mapped into memory as long as the model lives.
-    del model
+    del model, submodel, changed
     gc.collect()
-    parameters = None
-    for temporary, target in rewritten:
+    for relative in written:
         for suffix in (".bin", ".xml"):
-            temporary.with_suffix(suffix).replace(target.with_suffix(suffix))
-        parameters = read_parameters(_read_model(target))
-    if parameters is None:
-        raise SCAPError(f"model folder {folder}: the sparse model could not be read back")
-    return parameters
+            temporary = (output / f"{relative}.sparse.xml").with_suffix(suffix)
+            temporary.replace((output / relative).with_suffix(suffix))
+
+
+def _copy_folder(source: Path, output: Path, without: set[str]) -> None:
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        relative = Path(folder).relative_to(source)
+        return [name for name in names if str(relative / name) in without]
+
+    shutil.copytree(source, output, ignore=ignored, dirs_exist_ok=True)
 
 
 def save_model(model: ov.Model, path: Path) -> None:
@@ -117,7 +125,7 @@ def save_model(model: ov.Model, path: Path) -> None:
     except (RuntimeError, OSError, SCAPError) as error:
         free = shutil.disk_usage(path.parent).free
         raise SCAPError(
-            f"the model could not be written to {path.parent}: {_first_line(error)} ({free / 2**20:.0f} MiB are free)"
+            f"the model could not be written to {path.parent}: {first_line(error)} ({free / 2**20:.0f} MiB are free)"
         ) from error
 
 
@@ -137,7 +145,7 @@ def infer_task(folder: Path, trust_remote_code: bool = False) -> str:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SCAPError(f"model folder {folder}: config.json cannot be read: {_first_line(error)}") from error
+        raise SCAPError(f"model folder {folder}: config.json cannot be read: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or [""]
     model_class = getattr(transformers, architectures[0], None)
     if model_class is None:
@@ -163,13 +171,19 @@ def load_optimum_model(folder: Path, task: str, library: str | None = None, trus
         name = "OVSentenceTransformer"
     if name is None:
         raise SCAPError(f"optimum-intel has no OpenVINO class for the task {task!r}")
-    extra = {} if not task.startswith("text") else {"use_cache": task.endswith("with-past")}
+    extra = {"use_cache": _has_cache(folder)} if task.startswith("text-generation") else {}
     try:
         return getattr(optimum.intel, name).from_pretrained(
             str(folder), export=False, compile=False, trust_remote_code=trust_remote_code, **extra
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise SCAPError(f"model folder {folder} cannot be loaded as {name}: {_first_line(error)}") from error
+        raise SCAPError(f"model folder {folder} cannot be loaded as {name}: {first_line(error)}") from error
+
+
+def _has_cache(folder: Path) -> bool:
+    model = _read_model(folder / "openvino_model.xml")
+    names = {name for port in model.inputs for name in port.get_names()}
+    return bool(model.get_sinks()) or any(name.startswith(("past_key_values", "cache_params")) for name in names)
 
 
 def _read_model(path: Path) -> ov.Model:
@@ -178,10 +192,4 @@ def _read_model(path: Path) -> ov.Model:
     try:
         return ov.Core().read_model(path)
     except RuntimeError as error:
-        raise SCAPError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # OpenVINO puts the place in its own source first and the reason last.
-    return (lines[-1] if "Exception from" in lines[0] else lines[0]) if lines else type(error).__name__
+        raise SCAPError(f"{path} cannot be read: {first_line(error)}") from error

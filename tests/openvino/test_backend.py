@@ -1,0 +1,220 @@
+"""Calibration and threshold operations on small IRs, against numpy."""
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as opset
+from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, samples
+
+from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
+from optimum_scap.openvino.backend import measure_sparsity, named_layers, read_parameters
+from optimum_scap.openvino.graph import evaluate_constant, evaluate_weights, find_fully_connected
+from optimum_scap.openvino.inference import EXACT
+from optimum_scap.openvino.threshold_ops import find_threshold_ops
+
+
+CONFIG = SCAPConfig.from_spec("up=0.4,gate=0.4,down=0.6")
+
+
+def infer(model: ov.Model, sample: dict[str, np.ndarray]) -> np.ndarray:
+    return np.array(ov.Core().compile_model(model, "CPU", EXACT)(sample)[0])
+
+
+def simulate(dense: ov.Model, parameters, x: np.ndarray) -> np.ndarray:
+    """The SCAP formula in float64 with the dequantised weights of `dense`; masks are decided in float32."""
+    layers = {layer.path: layer for layer in named_layers(dense)}
+
+    def linear(path: str, value: np.ndarray) -> np.ndarray:
+        layer, found = layers[path], parameters.layers.get(path)
+        weights = evaluate_weights(layer).astype(np.float64)
+        bias = np.zeros(layer.out_features)
+        for reader in layer.node.output(0).get_target_inputs():
+            other = reader.get_node().input_value(1)
+            if reader.get_node().get_type_name() == "Add" and other.get_node().get_type_name() == "Constant":
+                bias = evaluate_constant(other).reshape(-1).astype(np.float64)
+        if found is None:
+            return value @ weights.T + bias
+        mode, threshold = np.float32(found.mode), np.float32(found.threshold)
+        centred = value.astype(np.float32) - mode
+        kept = np.where(np.abs(centred) > threshold, centred, np.float32(0)).astype(np.float64)
+        return kept @ weights.T + bias + float(mode) * weights.sum(axis=1)
+
+    value = x.astype(np.float64)
+    for block in range(2):
+        gate = linear(f"model.layers.{block}.mlp.gate_proj", value)
+        up = linear(f"model.layers.{block}.mlp.up_proj", value)
+        value = value + linear(f"model.layers.{block}.mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
+    return value
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "kde"])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_sparse_ir_computes_the_formula(weights: str, mode: str) -> None:
+    data = samples(offset=0.3)
+    dense = compressed(gated_ffn(bias=mode == "mean"), weights)
+    config = SCAPConfig.from_spec("up=0.4,gate=0.4,down=0.6", mode=mode)
+    sparse = sparsify_activations(dense.clone(), config, data)
+    parameters = read_parameters(sparse)
+    assert parameters is not None and len(parameters.layers) == 6
+    if mode != "zero":
+        assert all(layer.mode != 0 for layer in parameters.layers.values())
+    expected = simulate(dense, parameters, data[0]["x"])
+    errors = np.linalg.norm(infer(sparse, data[0]) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    # An activation within rounding of its threshold may fall on the other side of it in float64: few tokens may.
+    assert np.mean(errors < 1e-3) >= 0.95
+
+
+@pytest.mark.parametrize("weights", ["f32", "int4_asym"])
+def test_every_layer_realises_its_target_with_all_layers_sparse(weights: str) -> None:
+    data = samples()
+    sparse = sparsify_activations(compressed(gated_ffn(), weights), CONFIG, data)
+    realised = measure_sparsity(sparse, data)
+    parameters = read_parameters(sparse)
+    assert realised.keys() == parameters.layers.keys()
+    for path, layer in parameters.layers.items():
+        assert realised[path] == pytest.approx(layer.target_sparsity, abs=0.01)
+
+
+def test_gate_and_up_share_their_ops_unless_their_targets_differ() -> None:
+    def selects(spec: str) -> int:
+        model = sparsify_activations(gated_ffn(), spec, samples())
+        return sum(node.get_type_name() == "Select" for node in model.get_ops())
+
+    assert selects("up=0.4,gate=0.4,down=0.6") == 4
+    assert selects("up=0.4,gate=0.3,down=0.6") == 6
+    assert selects("up,zero,0.4,gate,mean,0.4") == 4
+
+
+def test_activations_on_the_threshold_are_pruned_and_nan_is_kept() -> None:
+    model = sparsify_activations(gated_ffn(blocks=1), "up=0.5", samples())
+    threshold = np.float32(read_parameters(model).layers["model.layers.0.mlp.up_proj"].threshold)
+    above = np.nextafter(threshold, np.float32(np.inf))
+    x = np.zeros((1, 1, HIDDEN), dtype=np.float32)
+    x[0, 0, :4] = threshold, -threshold, above, -above
+    ops = find_threshold_ops(model)[0]
+    pruned = ov.Model([opset.result(ops.select.output(0))], model.get_parameters(), "select")
+    assert infer(pruned, {"x": x})[0, 0, :4].tolist() == [0, 0, above, -above]
+    x[0, 0, 0] = np.nan
+    assert np.isnan(infer(pruned, {"x": x})[0, 0, 0])
+
+
+def test_conv1d_layout_and_existing_bias() -> None:
+    dense = gated_ffn(bias=True, transposed=True)
+    data = samples(offset=0.5)
+    sparse = sparsify_activations(dense.clone(), SCAPConfig.from_spec("0.5", mode="median"), data)
+    adds = [sum(node.get_type_name() == "Add" for node in model.get_ops()) for model in (dense, sparse)]
+    assert adds[0] == adds[1]  # the mode went into the bias constants
+    expected = simulate(dense, read_parameters(sparse), data[0]["x"])
+    assert np.linalg.norm(infer(sparse, data[0]) - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_padding_tokens_do_not_count() -> None:
+    x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
+    x.output(0).set_names({"x"})
+    mask = opset.parameter([-1, -1], np.int64, name="attention_mask")
+    mask.output(0).set_names({"attention_mask"})
+    used = opset.multiply(x, opset.convert(opset.unsqueeze(mask, opset.constant([2])), "f32"))
+    weights = opset.constant(np.ones((4, HIDDEN), dtype=np.float32))
+    node = opset.matmul(used, weights, False, True)
+    node.set_friendly_name("__module.layers.0.fc1/aten::linear/MatMul")
+    model = ov.Model([opset.result(node)], [x, mask], "masked")
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((1, 50, HIDDEN)).astype(np.float32)
+    attention = np.ones((1, 50), dtype=np.int64)
+    attention[0, 20:] = 0
+    sparsify_activations(model, "up=0.5", [{"x": values, "attention_mask": attention}])
+    threshold = read_parameters(model).layers["layers.0.fc1"].threshold
+    assert threshold == np.quantile(np.abs(values[0, :20]), 0.5, method="inverted_cdf")
+
+
+def test_calibration_leaves_the_model_alone_when_it_fails() -> None:
+    model = gated_ffn()
+    before = [node.get_friendly_name() for node in model.get_ordered_ops()]
+    bad = samples(count=3)
+    bad[2]["x"][0, 0, 0] = np.inf
+    with pytest.raises(SCAPError, match="gate_proj.*NaN or infinite"):
+        sparsify_activations(model, CONFIG, bad)
+    assert [node.get_friendly_name() for node in model.get_ordered_ops()] == before
+    assert read_parameters(model) is None
+
+
+def test_parameters_survive_saving(tmp_path) -> None:
+    model = sparsify_activations(gated_ffn(), CONFIG, samples())
+    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    reloaded = ov.Core().read_model(tmp_path / "model.xml")
+    assert read_parameters(reloaded) == read_parameters(model)
+    assert read_parameters(reloaded).config.targets == CONFIG.targets
+    assert [m.threshold for m in find_threshold_ops(reloaded)] == [m.threshold for m in find_threshold_ops(model)]
+
+
+def test_thresholds_are_recognised_after_compression_to_fp16(tmp_path) -> None:
+    model = sparsify_activations(gated_ffn(), SCAPConfig.from_spec("0.5", mode="median"), samples(offset=1.0))
+    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=True)
+    reloaded = ov.Core().read_model(tmp_path / "model.xml")
+    assert len(find_threshold_ops(reloaded)) == 6
+
+
+def test_quantised_activations_keep_their_quantisers() -> None:
+    import nncf
+
+    data = samples(count=8, offset=0.4)
+    for mode in ("zero", "mean"):
+        dense = nncf.quantize(gated_ffn(), nncf.Dataset(data), model_type=nncf.ModelType.TRANSFORMER)
+        quantizers = [len(layer.quantizers) for layer in find_fully_connected(dense)]
+        assert all(quantizers)
+        sparse = sparsify_activations(dense.clone(), SCAPConfig.from_spec("0.3", mode=mode), data)
+        assert [len(layer.quantizers) for layer in find_fully_connected(sparse)] == quantizers
+        for path, realised in measure_sparsity(sparse, data).items():
+            assert realised == pytest.approx(0.3, abs=0.01), path
+        reference, result = infer(dense, data[0]), infer(sparse, data[0])
+        assert 0 < np.linalg.norm(result - reference) < 0.5 * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "message"),
+    [
+        ("q=0.5", {}, "the targets name q, the model has up, gate, down"),
+        ("0.5", {"exclude": ("attention",)}, "exclude pattern 'attention' matches no fully connected layer"),
+        ("0.5", {"include": ("layers.7",)}, "include pattern 'layers.7' matches no"),
+        ("up=0.5", {"include": ("down",)}, "no fully connected layer is left"),
+    ],
+)
+def test_configs_that_match_nothing(spec: str, fields: dict, message: str) -> None:
+    with pytest.raises(SCAPError, match=message):
+        sparsify_activations(gated_ffn(), SCAPConfig.from_spec(spec, **fields), samples())
+
+
+def test_include_and_exclude_select_layers() -> None:
+    config = SCAPConfig.from_spec("0.5", include=(r"layers\.[01]\.",), exclude=(r"layers\.0\..*up", "down"))
+    model = sparsify_activations(gated_ffn(), config, samples())
+    assert set(read_parameters(model).layers) == {
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+    }
+
+
+def test_bad_models_and_datasets() -> None:
+    sparse = sparsify_activations(gated_ffn(), CONFIG, samples())
+    with pytest.raises(SCAPError, match="already holds SCAP"):
+        sparsify_activations(sparse, CONFIG, samples())
+    with pytest.raises(SCAPError, match="empty"):
+        sparsify_activations(gated_ffn(), CONFIG, [])
+    with pytest.raises(SCAPError, match="lacks the model inputs x"):
+        sparsify_activations(gated_ffn(), CONFIG, [{"z": np.zeros(1)}])
+    with pytest.raises(SCAPError, match="no tokenizer"):
+        sparsify_activations(gated_ffn(), CONFIG)
+    with pytest.raises(SCAPError, match="type builtins.dict are not supported"):
+        sparsify_activations({}, CONFIG, samples())
+    x = opset.parameter([1, 3], np.float32)
+    with pytest.raises(SCAPError, match="has no fully connected layer"):
+        sparsify_activations(ov.Model([opset.result(opset.relu(x))], [x], "relu"), CONFIG, samples())
+
+
+def test_samples_may_be_arrays_or_an_nncf_dataset() -> None:
+    import nncf
+
+    data = samples()
+    arrays = sparsify_activations(gated_ffn(), CONFIG, [sample["x"] for sample in data])
+    dataset = sparsify_activations(gated_ffn(), CONFIG, nncf.Dataset(data))
+    assert read_parameters(arrays) == read_parameters(dataset)
