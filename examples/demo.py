@@ -1,0 +1,111 @@
+"""The main job on a real model: one optimum-cli command, then what it cost in quality and what it skips.
+
+Run by `make demo`. Writes to demo-output/ (or the folder given), which a second run uses again.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from demo_data import write_prose, write_smollm2
+from optimum.intel import OVModelForCausalLM
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from optimum_scap.evaluation.perplexity import perplexity, token_samples
+from optimum_scap.openvino.backend import measure_sparsity, read_parameters
+
+
+SPEC = "up=0.35,gate=0.35,down=0.55"
+PROMPT = "The water cycle describes how"
+EVALUATION_TOKENS = 4096
+
+console = Console(width=110)
+
+
+def run(*command: str | Path) -> None:
+    console.print(f"$ {' '.join(map(str, command))}", style="bold", soft_wrap=True, highlight=False)
+    script = Path(sys.executable).with_name(str(command[0]))
+    result = subprocess.run([str(script), *map(str, command[1:])], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if result.returncode != 0:
+        raise SystemExit(result.stderr.decode())
+
+
+def generated(model: OVModelForCausalLM, tokenizer: AutoTokenizer) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.1)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True).replace("\n", " ")
+
+
+def sparsity_by_role(model: OVModelForCausalLM, tokenizer: AutoTokenizer, text: str) -> dict[str, tuple[float, float]]:
+    """{role: (target, realised)} on `text`."""
+    parameters = read_parameters(model.model)
+    assert parameters is not None
+    samples = []
+    for ids in token_samples(tokenizer, text, window=256, max_tokens=2048):
+        import torch
+
+        samples.append(model.prepare_inputs(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64)))
+    realised = measure_sparsity(model.model, samples, len(samples))
+    roles: dict[str, list[tuple[float, float]]] = {}
+    for path, layer in parameters.layers.items():
+        roles.setdefault(layer.role, []).append((layer.target_sparsity, realised[path]))
+    return {
+        role: (sum(target for target, _ in pairs) / len(pairs), sum(value for _, value in pairs) / len(pairs))
+        for role, pairs in roles.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, nargs="?", default=Path("demo-output"))
+    output = parser.parse_args().output
+    started = time.monotonic()
+    model_folder = write_smollm2(output / "smollm2-135m")
+    calibration, evaluation = write_prose(output)
+    dense_folder, sparse_folder = output / "smollm2-int8", output / "smollm2-int8-scap"
+
+    console.rule("1. Dense: INT8 weights")
+    if not (dense_folder / "openvino_model.xml").exists():
+        shutil.rmtree(dense_folder, ignore_errors=True)
+        run(
+            *("optimum-cli", "export", "openvino", "-m", model_folder, "--task", "text-generation-with-past"),
+            *("--weight-format", "int8", dense_folder),
+        )
+    console.rule("2. Sparse: INT8 weights and SCAP, one command")
+    run(
+        *("optimum-cli", "export", "openvino", "-m", model_folder, "--weight-format", "int8"),
+        *("--scap", SPEC, "--scap-dataset", calibration, "--scap-num-samples", "32", sparse_folder),
+    )
+
+    console.rule("3. What it costs and what it skips, on prose that calibration has not seen")
+    text = evaluation.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(dense_folder)
+    models = {
+        "dense INT8": OVModelForCausalLM.from_pretrained(dense_folder),
+        "INT8 + SCAP": OVModelForCausalLM.from_pretrained(sparse_folder),
+    }
+    perplexities = {
+        name: perplexity(model, tokenizer, text, max_tokens=EVALUATION_TOKENS) for name, model in models.items()
+    }
+    table = Table("model", "perplexity (lower is better)", "weights skipped per token: target / realised")
+    roles = sparsity_by_role(models["INT8 + SCAP"], tokenizer, text)
+    skipped = ", ".join(f"{role} {target:.0%} / {realised:.1%}" for role, (target, realised) in roles.items())
+    table.add_row("dense INT8", f"{perplexities['dense INT8']:.2f}", "none")
+    table.add_row("INT8 + SCAP", f"{perplexities['INT8 + SCAP']:.2f}", skipped)
+    console.print(table)
+    console.print(
+        "SmolLM2-135M is far more fragile than the 7B models SCAP is made for: what you see here is the hard case.\n"
+    )
+    for name, model in models.items():
+        console.print(f"[bold]{name}:[/bold] {generated(model, tokenizer)}\n")
+    console.print(f"Sparse model: {sparse_folder}  (dense: {dense_folder})")
+    console.print(f"Took {time.monotonic() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()
