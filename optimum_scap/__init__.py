@@ -14,6 +14,14 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0.0.0"
 
 _PUBLIC_NAMES = {
+    "OVModelForCausalLM": ".openvino.modeling",
+    "OVModelForFeatureExtraction": ".openvino.modeling",
+    "OVModelForImageClassification": ".openvino.modeling",
+    "OVModelForMaskedLM": ".openvino.modeling",
+    "OVModelForQuestionAnswering": ".openvino.modeling",
+    "OVModelForSeq2SeqLM": ".openvino.modeling",
+    "OVModelForSequenceClassification": ".openvino.modeling",
+    "OVModelForTokenClassification": ".openvino.modeling",
     "RoleTarget": ".config",
     "SCAPConfig": ".config",
     "SCAPError": ".errors",
@@ -21,12 +29,37 @@ _PUBLIC_NAMES = {
     "sparsify_activations": ".sparsify",
 }
 
-__all__ = ["RoleTarget", "SCAPConfig", "SCAPError", "SCAPParameters", "__version__", "sparsify_activations"]
+__all__ = [
+    "OVModelForCausalLM",
+    "OVModelForFeatureExtraction",
+    "OVModelForImageClassification",
+    "OVModelForMaskedLM",
+    "OVModelForQuestionAnswering",
+    "OVModelForSeq2SeqLM",
+    "OVModelForSequenceClassification",
+    "OVModelForTokenClassification",
+    "RoleTarget",
+    "SCAPConfig",
+    "SCAPError",
+    "SCAPParameters",
+    "__version__",
+    "sparsify_activations",
+]
 
 if TYPE_CHECKING:
     from .calibration import SCAPParameters
     from .config import RoleTarget, SCAPConfig
     from .errors import SCAPError
+    from .openvino.modeling import (
+        OVModelForCausalLM,
+        OVModelForFeatureExtraction,
+        OVModelForImageClassification,
+        OVModelForMaskedLM,
+        OVModelForQuestionAnswering,
+        OVModelForSeq2SeqLM,
+        OVModelForSequenceClassification,
+        OVModelForTokenClassification,
+    )
     from .sparsify import sparsify_activations
 
 

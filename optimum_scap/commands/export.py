@@ -24,7 +24,12 @@ def extend_openvino_export() -> None:
 
     def parse_args_with_scap(parser: ArgumentParser) -> Any:
         parse_args(parser)
-        add_scap_flags(parser, required=False)
+        group = add_scap_flags(parser, required=False)
+        group.add_argument(
+            "--scap-fused",
+            action="store_true",
+            help="Write an IR that holds the C++ operations (see scap fuse); stock OpenVINO cannot read it.",
+        )
 
     def run_with_scap(command: Any) -> None:
         with_scap = getattr(command.args, "scap", None) is not None
@@ -49,7 +54,7 @@ def _export_sparse(command: Any, export: Any) -> None:
 
         # Imports torch and openvino: only once the cheap checks have passed.
         from ..openvino.dataset import check_dataset_name
-        from ..openvino.folder import infer_task, sparsify_folder
+        from ..openvino.folder import fuse_folder, infer_task, sparsify_folder
 
         check_dataset_name(config.dataset)
         if args.task == "auto" and Path(args.model).is_dir():
@@ -66,4 +71,13 @@ def _export_sparse(command: Any, export: Any) -> None:
                 trust_remote_code=args.trust_remote_code,
                 tokenizer=args.model,
             )
-    print(f"SCAP model written to {output}")
+            library = fuse_folder(staging, staging) if args.scap_fused else None
+    if library is not None:
+        print_fused(output, library)
+    else:
+        print(f"SCAP model written to {output}")
+
+
+def print_fused(output: Path, library: Path) -> None:
+    print(f"Fused SCAP model written to {output}")
+    print(f'Run it with openvino_genai.LLMPipeline("{output}", "CPU", extensions=["{library}"])')

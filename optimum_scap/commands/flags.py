@@ -1,6 +1,6 @@
 """The --scap flags, shared by every command that calibrates, and the SCAPConfig they make."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any
 
 from ..config import MODES, SCAPConfig
@@ -8,8 +8,8 @@ from ..errors import SCAPError
 from ..roles import ROLES
 
 
-def add_scap_flags(parser: ArgumentParser, required: bool) -> None:
-    """Adds the flags to `parser` under their own heading; `required` makes --scap itself mandatory."""
+def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
+    """Adds the flags to `parser` under their own heading, which is returned; `required` makes --scap mandatory."""
     fields = SCAPConfig.model_fields
     group = parser.add_argument_group(
         "SCAP (activation sparsity)",
@@ -59,6 +59,7 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> None:
         action="append",
         help="Leave layers dense whose module path matches this regular expression. May be repeated.",
     )
+    return group
 
 
 def config_from_flags(args: Namespace) -> SCAPConfig:

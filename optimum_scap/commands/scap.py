@@ -1,11 +1,13 @@
-"""`optimum-cli scap`: apply SCAP to an exported folder, and show what a folder holds."""
+"""`optimum-cli scap`: apply SCAP to exported folders, inspect, fuse and measure them."""
 
-from argparse import ArgumentParser
+import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .errors import errors_for_humans
+from .export import print_fused
 from .flags import add_scap_flags, config_from_flags
 from .staging import check_output, staged_output
 
@@ -65,9 +67,92 @@ class SCAPInfoCommand(BaseOptimumCLICommand):
             print_parameters(self.args.model, read_folder_parameters(self.args.model))
 
 
+class SCAPFuseCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(
+        name="fuse", help="Write an IR that holds the C++ operations, for openvino_genai and C++ programs."
+    )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("model", type=Path, help="Folder of a sparse model.")
+        parser.add_argument("output", type=Path, help="Folder to write the fused model to.")
+
+    def run(self) -> None:
+        args = self.args
+        with errors_for_humans("optimum-cli scap fuse"):
+            check_output(args.output)
+
+            from ..errors import SCAPError
+            from ..openvino.folder import fuse_folder, read_folder_parameters
+
+            read_folder_parameters(args.model)
+            if args.output.resolve() == args.model.resolve():
+                raise SCAPError(f"output folder {args.output} is the model folder itself; choose another")
+            with staged_output(args.output) as staging:
+                library = fuse_folder(args.model, staging)
+        print_fused(args.output, library)
+
+
+class SCAPBuildCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="build-extension", help="Compile the C++ operations ahead of their first use.")
+
+    def run(self) -> None:
+        with errors_for_humans("optimum-cli scap build-extension"):
+            from ..openvino.extension.build import build_extension
+
+            print(build_extension())
+
+
+class SCAPBenchmarkCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="benchmark", help="Measure a sparse model on this machine, side by side with dense.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("model", type=Path, help="Folder of a sparse model.")
+        parser.add_argument("--baseline", type=Path, help="Folder of the dense model to compare with.")
+        parser.add_argument("--prompt-tokens", type=int, default=128, help="Tokens per prefill. Default: 128.")
+        parser.add_argument("--new-tokens", type=int, default=64, help="Tokens decoded one by one. Default: 64.")
+        parser.add_argument("--repeats", type=int, default=5, help="Number of repeats. Default: 5.")
+        parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
+
+    def run(self) -> None:
+        args = self.args
+        with errors_for_humans("optimum-cli scap benchmark"):
+            from ..errors import SCAPError
+            from ..openvino.folder import check_folder, read_folder_parameters
+            from .tables import print_benchmark
+
+            for name in ("prompt_tokens", "new_tokens", "repeats"):
+                if getattr(args, name) < 1:
+                    raise SCAPError(f"--{name.replace('_', '-')} must be at least 1")
+            read_folder_parameters(args.model)
+            models = {"SCAP": (args.model, True), "SCAP, portable": (args.model, False)}
+            if args.baseline is not None:
+                check_folder(args.baseline)
+                models = {"dense": (args.baseline, False), **models}
+
+            from ..evaluation.benchmark import as_json, measure, realised_sparsity
+
+            measurements = measure(
+                models, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, repeats=args.repeats
+            )
+            sparsity = realised_sparsity(args.model)
+            print_benchmark(measurements, sparsity)
+            if args.json is not None:
+                result = {"models": as_json(measurements), "realised_sparsity": sparsity, "settings": vars_of(args)}
+                args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def vars_of(args: Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeats")}
+
+
 class SCAPCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="scap", help="Activation sparsity (SCAP): apply it to exported models, inspect them.")
     SUBCOMMANDS = (
         CommandInfo("apply", SCAPApplyCommand.COMMAND.help, SCAPApplyCommand),
         CommandInfo("info", SCAPInfoCommand.COMMAND.help, SCAPInfoCommand),
+        CommandInfo("fuse", SCAPFuseCommand.COMMAND.help, SCAPFuseCommand),
+        CommandInfo("build-extension", SCAPBuildCommand.COMMAND.help, SCAPBuildCommand),
+        CommandInfo("benchmark", SCAPBenchmarkCommand.COMMAND.help, SCAPBenchmarkCommand),
     )

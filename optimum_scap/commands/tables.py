@@ -1,12 +1,17 @@
 """Tables that commands print."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ..calibration import SCAPParameters
+
+
+if TYPE_CHECKING:
+    from ..evaluation.benchmark import Measurement
 
 
 def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> None:
@@ -37,3 +42,21 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
             f"{len(found.layers)} layers, calibrated on {config.dataset} "
             f"({config.num_samples} samples of {config.seq_len} tokens, seed {config.seed})"
         )
+
+
+def print_benchmark(measurements: Sequence["Measurement"], sparsity: Mapping[str, float]) -> None:
+    """One row per model; speeds as median [smallest, largest], and against the first model."""
+    first = measurements[0]
+    table = Table("model", "prefill tok/s", "decode tok/s", f"decode vs {first.name}", "peak memory MiB", "load s")
+    for measurement in measurements:
+        table.add_row(
+            measurement.name,
+            str(measurement.prefill),
+            str(measurement.decode),
+            f"{measurement.decode.median / first.decode.median:.2f}x",
+            f"{measurement.peak_memory_mib:.0f}",
+            f"{measurement.load_seconds:.1f}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    console.print("skipped: " + ", ".join(f"{role} {value:.1%}" for role, value in sparsity.items()))

@@ -93,16 +93,56 @@ def sparsify_folder(
     if output.resolve() != source.resolve():
         replaced = {str(Path(relative).with_suffix(suffix)) for relative in changed for suffix in (".xml", ".bin")}
         _copy_folder(source, output, without=replaced)
-    for relative, submodel in changed.items():
-        save_model(submodel, output / f"{relative}.sparse.xml")
-    written = list(changed)
+    written = [_save_beside(submodel, output / relative) for relative, submodel in changed.items()]
     # The files that are replaced are mapped into memory as long as the model lives.
     del model, submodel, changed
+    _replace(written)
+
+
+def fuse_folder(source: Path, output: Path) -> Path:
+    """Fuses the sparse models in `source` and writes the whole folder to `output` (empty, or `source` itself).
+
+    Returns:
+        The compiled extension, without which the result cannot be read.
+
+    Raises:
+        SCAPError: if nothing in the folder can be fused or the extension cannot be built.
+    """
+    from .extension.build import ExtensionBuildError, build_extension
+    from .modeling import fused_clone
+
+    try:
+        library = build_extension()
+    except ExtensionBuildError as error:
+        raise SCAPError(f"the C++ operations cannot be built: {error}") from error
+    fused = {}
+    for path in model_files(source):
+        model = _read_model(path)
+        clone = fused_clone(model)
+        if any(node.get_type_name().startswith("SCAP") for node in clone.get_ops()):
+            fused[str(path.relative_to(source))] = clone
+    if not fused:
+        raise SCAPError(f"model folder {source}: no layer can be fused, their weights are of kinds that stay stock")
+    if output.resolve() != source.resolve():
+        _copy_folder(source, output, without={str(Path(f).with_suffix(s)) for f in fused for s in (".xml", ".bin")})
+    written = [_save_beside(clone, output / relative, library) for relative, clone in fused.items()]
+    del fused, model, clone
+    _replace(written)
+    return library
+
+
+def _save_beside(model: ov.Model, target: Path, library: Path | None = None) -> tuple[Path, Path]:
+    """Saves `model` under a temporary name; (temporary, target) for `_replace`."""
+    temporary = target.with_name(f"{target.stem}.new.xml")
+    save_model(model, temporary, library)
+    return temporary, target
+
+
+def _replace(written: list[tuple[Path, Path]]) -> None:
     gc.collect()
-    for relative in written:
+    for temporary, target in written:
         for suffix in (".bin", ".xml"):
-            temporary = (output / f"{relative}.sparse.xml").with_suffix(suffix)
-            temporary.replace((output / relative).with_suffix(suffix))
+            temporary.with_suffix(suffix).replace(target.with_suffix(suffix))
 
 
 def _copy_folder(source: Path, output: Path, without: set[str]) -> None:
@@ -113,15 +153,17 @@ def _copy_folder(source: Path, output: Path, without: set[str]) -> None:
     shutil.copytree(source, output, ignore=ignored, dirs_exist_ok=True)
 
 
-def save_model(model: ov.Model, path: Path) -> None:
+def save_model(model: ov.Model, path: Path, library: Path | None = None) -> None:
     """Writes an IR without changing its precision and checks that it is on disk as a whole.
+
+    `library` is the extension that the IR's operations are from, if it holds any.
 
     Raises:
         SCAPError: if it could not be written completely, for example because no space is left.
     """
     try:
         ov.save_model(model, str(path), compress_to_fp16=False)
-        _read_model(path)
+        _read_model(path, library)
     except (RuntimeError, OSError, SCAPError) as error:
         free = shutil.disk_usage(path.parent).free
         raise SCAPError(
@@ -186,10 +228,13 @@ def _has_cache(folder: Path) -> bool:
     return bool(model.get_sinks()) or any(name.startswith(("past_key_values", "cache_params")) for name in names)
 
 
-def _read_model(path: Path) -> ov.Model:
+def _read_model(path: Path, library: Path | None = None) -> ov.Model:
     if not path.with_suffix(".bin").exists():
         raise SCAPError(f"{path} has no weights: {path.with_suffix('.bin').name} is missing")
     try:
-        return ov.Core().read_model(path)
+        core = ov.Core()
+        if library is not None:
+            core.add_extension(str(library))
+        return core.read_model(path)
     except RuntimeError as error:
         raise SCAPError(f"{path} cannot be read: {first_line(error)}") from error

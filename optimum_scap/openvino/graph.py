@@ -98,6 +98,11 @@ def is_constant(output: ov.Output) -> bool:
 
 def evaluate_constant(output: ov.Output) -> np.ndarray:
     """The value of a constant subgraph in float32, computed by OpenVINO itself: exactly the weights that will run."""
+    node = output.get_node()
+    while node.get_type_name() == "Convert" and node.get_output_element_type(0) == ov.Type.f32:
+        node = node.input_value(0).get_node()
+    if node.get_type_name() == "Constant" and node.get_output_element_type(0) in (ov.Type.f32, ov.Type.f16):
+        return np.array(node.data, dtype=np.float32)
     model = ov.Model([opset.result(output)], [], "constant")
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.array(compiled({})[0], dtype=np.float32)

@@ -33,6 +33,8 @@ class ThresholdOps:
     source: ov.Output  # the activations before pruning
     mode: float
     threshold: float
+    centred: bool  # whether the layer reads x - mode (the mode is in its bias) rather than x
+    nodes: frozenset[str]  # names of the operations that read `source`
 
 
 def insert_threshold_ops(layers: Sequence[FullyConnected], thresholding: Thresholding) -> None:
@@ -124,7 +126,8 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
     reads_source = _same(kept, source) and fill_value.item() == mode
     if not reads_centred and not reads_source:
         return None
-    return ThresholdOps(layer, select, mask, source, float(mode), float(threshold.item()))
+    nodes = frozenset(node.get_name() for node in (select, magnitude, subtract))
+    return ThresholdOps(layer, select, mask, source, float(mode), float(threshold.item()), reads_centred, nodes)
 
 
 def pruned_fractions(ops: Sequence[ThresholdOps]) -> list[ov.Output]:

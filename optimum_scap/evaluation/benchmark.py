@@ -1,0 +1,207 @@
+"""Speed and memory of exported models on this machine, interleaved so that noise hits all of them alike."""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import SCAPError
+
+
+PROMPT = (
+    "The history of the steam engine begins long before the railways. In the first century, Hero of Alexandria "
+    "described a hollow sphere that steam made spin. For a long time it remained a toy, until miners needed a way to "
+    "pump water out of their mines"
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, smallest and largest of repeated measurements."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} [{self.smallest:.3g}, {self.largest:.3g}]"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model: speeds in tokens per second of the model's own steps (no sampling), memory and load time."""
+
+    name: str
+    folder: str
+    prefill: Spread
+    decode: Spread
+    peak_memory_mib: float
+    load_seconds: float
+
+
+class _Stepper:
+    """Feeds a stateful decoder its tokens directly, without the Python loop of `generate`."""
+
+    def __init__(self, model: Any) -> None:
+        compiled = model.request.get_compiled_model()
+        self._request = compiled.create_infer_request()
+        self._names = {name for port in compiled.inputs for name in port.get_names()}
+
+    def __call__(self, ids: np.ndarray, past: int) -> float:
+        """Seconds of one inference of `ids` [1, tokens] behind `past` tokens."""
+        length = ids.shape[1]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, past + length), dtype=np.int64),
+            "position_ids": np.arange(past, past + length, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, dtype=np.int32),
+        }
+        if past == 0:
+            self._request.reset_state()
+        started = time.perf_counter()
+        self._request.infer({name: value for name, value in inputs.items() if name in self._names})
+        return time.perf_counter() - started
+
+
+def load(folder: Path, fast: bool, **options: Any) -> Any:
+    """The causal language model in `folder`, with the C++ operations (`fast`) or as stock optimum-intel loads it.
+
+    Raises:
+        SCAPError: if it is no stateful causal language model or cannot be loaded.
+    """
+    import optimum.intel
+
+    from ..openvino.folder import check_folder, infer_task
+    from ..openvino.modeling import OVModelForCausalLM
+
+    check_folder(folder)
+    task = infer_task(folder)
+    if not task.startswith("text-generation"):
+        raise SCAPError(f"model folder {folder}: only text generation can be measured so far, this is {task}")
+    cls: Any = OVModelForCausalLM if fast else optimum.intel.OVModelForCausalLM
+    model = cls.from_pretrained(str(folder), export=False, **options)
+    if not model.stateful:
+        raise SCAPError(f"model folder {folder}: only stateful models can be measured (exported without KV inputs)")
+    return model
+
+
+def measure(
+    models: dict[str, tuple[Path, bool]], *, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 5
+) -> list[Measurement]:
+    """Measures models side by side.
+
+    Args:
+        models: folder and whether to use the C++ operations, by name.
+        prompt_tokens: tokens per prefill.
+        new_tokens: tokens decoded one by one behind it.
+        repeats: how often; every token of every repeat goes through all models in turn.
+
+    Raises:
+        SCAPError: if a folder cannot be measured.
+    """
+    usage = {name: _load_in_fresh_process(folder, fast) for name, (folder, fast) in models.items()}
+    loaded = {name: load(folder, fast) for name, (folder, fast) in models.items()}
+    ids = _text(loaded, models, prompt_tokens + new_tokens)
+    steppers = {name: _Stepper(model) for name, model in loaded.items()}
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):  # the first one warms up
+        spent = dict.fromkeys(models, 0.0)
+        for name, step in steppers.items():
+            seconds = step(ids[:, :prompt_tokens], 0)
+            if repeat:
+                prefill[name].append(prompt_tokens / seconds)
+        for past in range(prompt_tokens, prompt_tokens + new_tokens):
+            for name, step in steppers.items():
+                spent[name] += step(ids[:, past : past + 1], past)
+        if repeat:
+            for name, seconds in spent.items():
+                decode[name].append(new_tokens / seconds)
+    return [
+        Measurement(name, str(folder), Spread.of(prefill[name]), Spread.of(decode[name]), *usage[name])
+        for name, (folder, _) in models.items()
+    ]
+
+
+def realised_sparsity(folder: Path, tokens: int = 192) -> dict[str, float]:
+    """{role: fraction of input channels skipped} on text that the model itself generates."""
+    from ..openvino.backend import measure_sparsity
+    from ..openvino.graph import find_fully_connected
+
+    model = load(folder, fast=False, compile=False)
+    ids = _generate(model, folder, tokens)
+    model.request = None
+    import torch
+
+    sample = model.prepare_inputs(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64))
+    roles = {layer.path: layer.role for layer in find_fully_connected(model.model)}
+    by_role: dict[str, list[float]] = {}
+    for path, value in measure_sparsity(model.model, [sample], 1).items():
+        by_role.setdefault(roles[path] or "other", []).append(value)
+    return {role: statistics.mean(values) for role, values in by_role.items()}
+
+
+def as_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    return [asdict(measurement) for measurement in measurements]
+
+
+def _text(loaded: dict[str, Any], models: dict[str, tuple[Path, bool]], tokens: int) -> np.ndarray:
+    name = next(iter(loaded))
+    return _generate(loaded[name], models[name][0], tokens)
+
+
+def _generate(model: Any, folder: Path, tokens: int) -> np.ndarray:
+    """Token ids `[1, tokens]`: the prompt and how the model goes on, so that activations are those of real use."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    missing = tokens - inputs["input_ids"].shape[1]
+    ids = inputs["input_ids"]
+    if missing > 0:
+        ids = model.generate(**inputs, min_new_tokens=missing, max_new_tokens=missing, do_sample=False)
+    return ids[:, :tokens].numpy().astype(np.int64)
+
+
+def _load_in_fresh_process(folder: Path, fast: bool) -> tuple[float, float]:
+    """(peak resident MiB, seconds to load) of a process that loads the model and runs one token."""
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    process = context.Process(target=_report_usage, args=(child, folder, fast))
+    process.start()
+    child.close()
+    try:
+        answer = parent.recv()
+    except EOFError:
+        raise SCAPError(f"model folder {folder}: the process that loads it ended without an answer") from None
+    finally:
+        process.join()
+    if isinstance(answer, str):
+        raise SCAPError(answer)
+    return answer
+
+
+def _report_usage(pipe: Any, folder: Path, fast: bool) -> None:
+    import resource
+
+    from ..openvino import modeling  # noqa: F401  imports are not part of loading
+
+    try:
+        started = time.perf_counter()
+        model = load(folder, fast)
+        seconds = time.perf_counter() - started
+        _Stepper(model)(np.array([[1]], dtype=np.int64), 0)
+        unit = 1 if sys.platform == "darwin" else 1024
+        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, seconds))
+    except SCAPError as error:
+        pipe.send(str(error))

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "gemm_amx_bf16.hpp"
+#include "gemm_amx_int8.hpp"
+#include "gemm_float.hpp"
+#include "gemv_float.hpp"
+#include "gemv_vnni.hpp"
+
+/// Which kernel a layer takes, and the switch from weight types to templates.
+namespace scap {
+
+/// How exactly activations enter the products.
+///   f32: float32 throughout.
+///   split: two bytes (quantized weights) or two bf16 (float weights, many rows): relative error below 1e-3.
+///   bf16: like split, but float weights and many rows use plain bf16, as OpenVINO does under a bf16 hint.
+enum class Precision { f32, split, bf16 };
+
+enum class Kernel { floats, int8, bf16 };
+
+// Panel heights: one row per fully sequential stream that the prefetchers follow (decode), or as many rows as make
+// writing the accumulators back cheap (many rows).
+constexpr int64_t kDecodePanelRows = 32;
+constexpr int64_t kFloatPanelRows = 128;
+
+// Column ranges of tasks are multiples of the widest chunk; accumulators are that much longer than the padded row.
+constexpr int64_t kColumnUnit = 128;
+
+inline Kernel decode_kernel(const Weights& weights, Precision precision) {
+#if defined(SCAP_VNNI)
+    if (is_quantized(weights.type) && precision != Precision::f32) {
+        return Kernel::int8;
+    }
+#endif
+    (void)weights;
+    (void)precision;
+    return Kernel::floats;
+}
+
+inline Kernel rows_kernel(const Weights& weights, Precision precision) {
+#if defined(SCAP_AMX)
+    if (precision != Precision::f32 && amx::available()) {
+        return is_quantized(weights.type) ? Kernel::int8 : Kernel::bf16;
+    }
+#endif
+    (void)weights;
+    (void)precision;
+    return Kernel::floats;
+}
+
+/// Few rows wait for memory, which short panels read best; many rows gain from folding sums less often.
+inline int64_t rows_panel_height(Kernel kernel, int64_t rows) {
+    if (kernel == Kernel::int8) {
+        return rows <= 8 ? 64 : kMaxQuantizedRows;
+    }
+    return kFloatPanelRows;
+}
+
+template <WeightType Type>
+using TypeTag = std::integral_constant<WeightType, Type>;
+
+/// body(TypeTag<type>{})
+template <class Body>
+void with_type(WeightType type, const Body& body) {
+    switch (type) {
+        case WeightType::f32:
+            return body(TypeTag<WeightType::f32>{});
+        case WeightType::f16:
+            return body(TypeTag<WeightType::f16>{});
+        case WeightType::bf16:
+            return body(TypeTag<WeightType::bf16>{});
+        case WeightType::u8:
+            return body(TypeTag<WeightType::u8>{});
+        case WeightType::u4:
+            return body(TypeTag<WeightType::u4>{});
+    }
+}
+
+/// y[first_column, last_column) = accumulators (summed over `parts`) * per-channel scale + bias.
+inline void finish_columns(const Weights& weights, const float* accumulators, int64_t parts, int64_t part_pitch,
+                           int64_t first_column, int64_t last_column, float* y) {
+    const bool has_scale = is_quantized(weights.type) && !weights.grouped();
+    for (int64_t column = first_column; column < last_column; column += simd::kWidth) {
+        const float* at = accumulators + column - first_column;
+        simd::Float value = simd::load(at);
+        for (int64_t part = 1; part < parts; ++part) {
+            value = simd::add(value, simd::load(at + part * part_pitch));
+        }
+        if (has_scale) {
+            value = simd::mul(value, simd::load_scale(weights.scale_type, weights.scale_at(0, column)));
+        }
+        const int64_t n = std::min<int64_t>(last_column - column, simd::kWidth);
+        if (n == simd::kWidth) {
+            if (weights.bias != nullptr) {
+                value = simd::add(value, simd::load(reinterpret_cast<const float*>(weights.bias + column * 4)));
+            }
+            simd::store(y + column, value);
+        } else {
+            float lanes[simd::kWidth];
+            simd::store(lanes, value);
+            for (int64_t i = 0; i < n; ++i) {
+                float bias = 0.0f;
+                if (weights.bias != nullptr) {
+                    std::memcpy(&bias, weights.bias + (column + i) * 4, 4);
+                }
+                y[column + i] = lanes[i] + bias;
+            }
+        }
+    }
+}
+
+}  // namespace scap

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Creates the C++ operations as OpenVINO nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from openvino.utils.node_factory import NodeFactory
+
+from .build import build_extension
+from .packing import PackedLayer
+
+
+OPSET = "optimum_scap"
+
+
+def create_linear(
+    x: ov.Output | ov.Node,
+    layers: Sequence[PackedLayer],
+    *,
+    mode: float = 0.0,
+    threshold: float = 0.0,
+    precision: str = "split",
+    library: Path | None = None,
+) -> ov.Node:
+    """``SCAPLinear``: the layers' results on one thresholded input, one output per layer.
+
+    Args:
+        x: float32 ``[..., in_features]``.
+        layers: all with the same in_features.
+        mode, threshold: keep where ``|x - mode| > threshold``; finite, threshold not negative (0 is dense).
+        precision: ``f32``, ``split`` (relative error below 1e-3) or ``bf16`` (float weights and many rows in bf16).
+        library: a library of ``build_extension``; default builds (or finds) the native one.
+
+    Raises:
+        ExtensionBuildError: the extension cannot be built.
+        RuntimeError: attributes or shapes that do not fit together.
+    """
+    attributes = _attributes(layers, mode, threshold, precision)
+    return _factory(library or build_extension()).create("SCAPLinear", _inputs(x, layers), attributes)
+
+
+def create_feed_forward(
+    x: ov.Output | ov.Node,
+    layers: Sequence[PackedLayer],
+    activation: str,
+    *,
+    mode: float = 0.0,
+    threshold: float = 0.0,
+    hidden_mode: float = 0.0,
+    hidden_threshold: float = 0.0,
+    precision: str = "split",
+    library: Path | None = None,
+) -> ov.Node:
+    """``SCAPFeedForward``: ``down(sparse(activation(gate(sparse(x))) * up(sparse(x))))`` in one node.
+
+    Args:
+        layers: gate, up and down; or up and down for an FFN without gate (no product).
+        activation: ``silu``, ``gelu_tanh``, ``gelu_erf``, ``relu``, ``relu2`` (relu squared) or ``identity``.
+        hidden_mode, hidden_threshold: those of down's input. Others as for `create_linear`.
+
+    Raises:
+        ExtensionBuildError: the extension cannot be built.
+        RuntimeError: attributes or shapes that do not fit together.
+    """
+    attributes = _attributes(layers, mode, threshold, precision) | {
+        "activation": activation,
+        "hidden_mode": float(np.float32(hidden_mode)),
+        "hidden_threshold": float(np.float32(hidden_threshold)),
+    }
+    return _factory(library or build_extension()).create("SCAPFeedForward", _inputs(x, layers), attributes)
+
+
+@lru_cache
+def _factory(library: Path) -> NodeFactory:
+    factory = NodeFactory()
+    factory.add_extension(str(library))
+    return factory
+
+
+def _inputs(x: ov.Output | ov.Node, layers: Sequence[PackedLayer]) -> list[ov.Output]:
+    # Sharing keeps the packed array alive; large numpy arrays lie in huge pages, which the kernels gain 10 % from.
+    constants = [ov.op.Constant(layer.buffer, shared_memory=True) for layer in layers]
+    return [x if isinstance(x, ov.Output) else x.output(0), *(c.output(0) for c in constants)]
+
+
+def _attributes(layers: Sequence[PackedLayer], mode: float, threshold: float, precision: str) -> dict:
+    return {
+        "in_features": layers[0].in_features,
+        "out_features": [layer.out_features for layer in layers],
+        "weight_types": [layer.weight_type for layer in layers],
+        "scale_types": [layer.scale_type for layer in layers],
+        "group_sizes": [layer.group_size for layer in layers],
+        "zero_points": [layer.zero_point for layer in layers],
+        "has_bias": [int(layer.has_bias) for layer in layers],
+        "mode": float(np.float32(mode)),
+        "threshold": float(np.float32(threshold)),
+        "precision": precision,
+    }

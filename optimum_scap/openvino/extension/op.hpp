@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <openvino/op/op.hpp>
+#include <string>
+#include <vector>
+
+#include "linear.hpp"
+
+namespace scap {
+
+/// Attributes and inputs that both operations share: fully connected layers on one thresholded input.
+///
+/// Inputs: x [..., in_features] f32, then one u8 buffer per layer (see Weights), because OpenVINO converts constants
+/// of the types that the weights really have.
+class SparseOp : public ov::op::Op {
+public:
+    OPENVINO_OP("SparseOp", "optimum_scap");
+    SparseOp() = default;
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool has_evaluate() const override {
+        return true;
+    }
+
+protected:
+    /// Checks attributes and inputs; fills `layers_`.
+    void validate_layers();
+    ov::PartialShape output_shape(int64_t out_features) const;
+    /// The layers with this call's pointers. Throws where a tensor is not what validation saw.
+    std::vector<Weights> bind(const ov::TensorVector& inputs) const;
+    Threshold input_threshold() const {
+        return Threshold{attributes_.mode, attributes_.threshold};
+    }
+    void check_threshold(float mode, float threshold, const char* name) const;
+    /// Input features of layer i.
+    virtual int64_t layer_in_features(size_t i) const = 0;
+
+    struct Attributes {
+        int64_t in_features = 0;
+        std::vector<int64_t> out_features;
+        std::vector<std::string> weight_types;
+        std::vector<std::string> scale_types;
+        std::vector<int64_t> group_sizes;
+        std::vector<int64_t> zero_points;
+        std::vector<int64_t> has_bias;
+        float mode = 0.0f;
+        float threshold = 0.0f;
+        std::string precision = "split";
+        // SCAPFeedForward only
+        std::string activation = "silu";
+        float hidden_mode = 0.0f;
+        float hidden_threshold = 0.0f;
+    };
+    Attributes attributes_;
+    std::vector<Weights> layers_;
+    Precision parsed_precision_ = Precision::split;
+};
+
+/// y_i = W_i sparsify(x - mode) + b_i: one output per layer.
+class SCAPLinear : public SparseOp {
+public:
+    OPENVINO_OP("SCAPLinear", "optimum_scap", SparseOp);
+    SCAPLinear() = default;
+
+    void validate_and_infer_types() override;
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override;
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+
+protected:
+    int64_t layer_in_features(size_t) const override {
+        return attributes_.in_features;
+    }
+};
+
+/// y = down(sparsify(activation(gate(sparsify(x))) * up(sparsify(x)))), or down(sparsify(activation(up(...)))).
+class SCAPFeedForward : public SparseOp {
+public:
+    OPENVINO_OP("SCAPFeedForward", "optimum_scap", SparseOp);
+    SCAPFeedForward() = default;
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    void validate_and_infer_types() override;
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override;
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+
+protected:
+    int64_t layer_in_features(size_t i) const override {
+        return i + 1 == attributes_.out_features.size() ? attributes_.out_features[0] : attributes_.in_features;
+    }
+
+private:
+    Activation parsed_activation_ = Activation::silu;
+};
+
+}  // namespace scap

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts the weights of fully connected layers to the buffer that the C++ operations read.
+
+Rows are input channels: row ``i`` holds ``W[:, i]``, padded to a multiple of 32 columns. A layer is one flat uint8
+array (OpenVINO's CPU plugin converts constants of f16, u4, i4 and i16, but leaves u8 alone): rows, scales and zero
+points ``[groups, padded out]`` and float32 bias, those that exist, each from a multiple of 64 bytes on, and a tail of
+512 bytes that kernels may read but never use. See ``weights.hpp``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+COLUMN_PAD = 32
+ALIGNMENT = 64
+TAIL_BYTES = 512
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One fully connected layer as the operations' inputs and attributes.
+
+    Attributes:
+        weight_type: ``f32``, ``f16``, ``bf16``, ``u8`` or ``u4``.
+        in_features, out_features: shape of the layer.
+        buffer: everything the kernels read, uint8.
+        scale_type: ``f32`` or ``f16``.
+        group_size: input channels that share a scale; 0 is all of them.
+        zero_point: the common zero point, 0 to 255, or -1 where the buffer holds one per group and output channel.
+        has_bias: whether the buffer holds a bias.
+    """
+
+    weight_type: str
+    in_features: int
+    out_features: int
+    buffer: np.ndarray
+    scale_type: str = "f32"
+    group_size: int = 0
+    zero_point: int = 0
+    has_bias: bool = False
+
+
+def pack_float(weight: np.ndarray, bias: np.ndarray | None = None, *, bfloat16: bool = False) -> PackedLayer:
+    """Packs float weights.
+
+    Args:
+        weight: ``[out, in]``, float32 or float16; with ``bfloat16``, the bit patterns as uint16.
+        bias: ``[out]`` or None; for a mode m other than zero the caller has folded ``m * W.sum(1)`` into it.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    names = {np.dtype(np.uint16): "bf16"} if bfloat16 else {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16"}
+    if weight.ndim != 2 or weight.size == 0 or weight.dtype not in names:
+        raise ValueError(
+            f"weight must be [out, in] of {' or '.join(map(str, names))}, got {weight.dtype} {weight.shape}"
+        )
+    out_features, in_features = weight.shape
+    return PackedLayer(
+        weight_type=names[weight.dtype],
+        in_features=in_features,
+        out_features=out_features,
+        buffer=_join(_pitched(_input_major(weight)), _bias(bias, out_features)),
+        has_bias=bias is not None,
+    )
+
+
+def pack_integer(
+    q: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    bits: int,
+    signed: bool,
+    group_size: int = 0,
+) -> PackedLayer:
+    """Packs integer weights, ``W = (q - zero_point) * scale``.
+
+    Args:
+        q: ``[out, in]`` integers of ``bits`` bits, one per element.
+        scale: ``[out, groups]``, float16 or float32.
+        zero_point: ``[out, groups]`` integers in q's range, or None for 0.
+        bias: ``[out]`` or None; for a mode m other than zero the caller has folded ``m * W.sum(1)`` into it.
+        bits: 8 or 4.
+        signed: whether q and zero_point are two's complement (i8, i4) or not (u8, u4).
+        group_size: input channels per group; the last group may be shorter. 0: one group.
+
+    Raises:
+        ValueError: for values out of range or shapes that do not fit together.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if q.ndim != 2 or q.size == 0 or q.dtype.kind not in "iu":
+        raise ValueError(f"q must be integers [out, in], got {q.dtype} {q.shape}")
+    out_features, in_features = q.shape
+    if group_size < 0:
+        raise ValueError(f"group_size must not be negative, got {group_size}")
+    groups = -(-in_features // group_size) if group_size else 1
+    if scale.shape != (out_features, groups) or scale.dtype not in (np.float16, np.float32):
+        raise ValueError(f"scale must be float [{out_features}, {groups}], got {scale.dtype} {scale.shape}")
+    if zero_point is not None and zero_point.shape != (out_features, groups):
+        raise ValueError(f"zero_point must be [{out_features}, {groups}], got {zero_point.shape}")
+
+    offset = 1 << (bits - 1) if signed else 0
+    rows = _input_major(_to_unsigned(q, offset, bits, "q"))
+    if bits == 4:
+        pairs = rows.reshape(in_features, -1, 2, 16)
+        rows = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(in_features, -1)
+    common, zero_points = offset, None
+    if zero_point is not None:
+        unsigned = _to_unsigned(zero_point, offset, bits, "zero_point")
+        common = int(unsigned.flat[0])
+        if (unsigned != common).any():
+            common, zero_points = -1, _input_major(unsigned)
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    is_half = bool((half.astype(np.float32) == scale).all())
+    scales = _input_major(half if is_half else scale)
+    return PackedLayer(
+        weight_type=f"u{bits}",
+        in_features=in_features,
+        out_features=out_features,
+        buffer=_join(_pitched(rows), scales, zero_points, _bias(bias, out_features)),
+        scale_type="f16" if is_half else "f32",
+        group_size=group_size if groups > 1 else 0,
+        zero_point=common,
+        has_bias=bias is not None,
+    )
+
+
+def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
+    """OpenVINO's u4/i4 bytes (low nibble first) as ``count`` uint8 values; i4 still in two's complement."""
+    flat = packed.reshape(-1).view(np.uint8)
+    values = np.empty((flat.size, 2), np.uint8)
+    np.bitwise_and(flat, 15, out=values[:, 0])
+    np.right_shift(flat, 4, out=values[:, 1])
+    return values.reshape(-1)[:count]
+
+
+def _to_unsigned(values: np.ndarray, offset: int, bits: int, name: str) -> np.ndarray:
+    low, high = -offset, (1 << bits) - 1 - offset
+    if values.dtype.kind not in "iu" or int(values.min()) < low or int(values.max()) > high:
+        raise ValueError(f"{name} must be integers in [{low}, {high}]")
+    # Modulo 256, adding the offset is the same for two's complement bytes of any width.
+    return values.astype(np.uint8, copy=False) + np.uint8(offset)
+
+
+def _input_major(values: np.ndarray) -> np.ndarray:
+    """``[out, n]`` to ``[n, padded out]``, padding with zeros."""
+    out, n = values.shape
+    result = np.zeros((n, -(-out // COLUMN_PAD) * COLUMN_PAD), values.dtype)
+    # Transposing whole matrices misses the cache on every element: go through tiles that fit.
+    tile = 256
+    for i in range(0, n, tile):
+        for o in range(0, out, tile):
+            result[i : i + tile, o : o + tile][:, : out - o] = values[o : o + tile, i : i + tile].T
+    return result
+
+
+def _pitched(rows: np.ndarray) -> np.ndarray:
+    """Rows of whole kilobytes become a cache line longer: see ``Weights::row_bytes``."""
+    if rows.shape[1] * rows.itemsize % 1024:
+        return rows
+    return np.pad(rows, ((0, 0), (0, ALIGNMENT // rows.itemsize)))
+
+
+def _join(*parts: np.ndarray | None) -> np.ndarray:
+    flat = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts if part is not None]
+    sizes = [-(-part.size // ALIGNMENT) * ALIGNMENT for part in flat]
+    buffer = np.empty(sum(sizes) + TAIL_BYTES, np.uint8)
+    at = 0
+    for part, size in zip(flat, sizes, strict=True):
+        buffer[at : at + part.size] = part
+        buffer[at + part.size : at + size] = 0
+        at += size
+    buffer[at:] = 0
+    return buffer
+
+
+def _bias(bias: np.ndarray | None, out_features: int) -> np.ndarray | None:
+    if bias is None:
+        return None
+    if bias.size != out_features:
+        raise ValueError(f"bias must be [{out_features}], got {bias.shape}")
+    return np.ascontiguousarray(bias, np.float32)

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace scap {
+
+enum class WeightType { f32, f16, bf16, u8, u4 };
+enum class ScaleType { f32, f16 };
+
+// Rows are padded to whole 16-byte pieces of the narrowest type. Kernels read whole vectors, so every buffer ends in
+// kTailBytes that may be read but never matter.
+constexpr int64_t kColumnPad = 32;
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kTailBytes = 512;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+    return (value + divisor - 1) / divisor;
+}
+
+constexpr bool is_quantized(WeightType type) {
+    return type == WeightType::u8 || type == WeightType::u4;
+}
+
+constexpr int64_t bits(WeightType type) {
+    return type == WeightType::f32 ? 32 : type == WeightType::u4 ? 4 : type == WeightType::u8 ? 8 : 16;
+}
+
+/// One fully connected layer, weights input-channel-major: row i holds W[:, i].
+///
+/// Quantized weights mean (q - zero_point) * scale, with scale and zero point [groups][padded out], a group being
+/// `group_size` consecutive input channels. u4 rows hold 32 columns in 16 bytes: byte j is column j (low nibble) and
+/// column 16 + j (high nibble).
+///
+/// Everything lies in one buffer, because OpenVINO spends time on every input of every call: rows, scales, zero points
+/// and bias, those that exist, each from a multiple of kAlignment on, and the tail.
+struct Weights {
+    WeightType type = WeightType::f32;
+    ScaleType scale_type = ScaleType::f32;
+    int64_t in_features = 0;
+    int64_t out_features = 0;
+    int64_t group_size = 0;
+    int32_t zero_point = 0;  // everywhere, unless has_zero_points
+    bool has_zero_points = false;
+    bool has_bias = false;
+
+    const uint8_t* data = nullptr;
+    const uint8_t* scales = nullptr;
+    const uint8_t* zero_points = nullptr;  // null: `zero_point`
+    const uint8_t* bias = nullptr;         // float32 of any alignment; null: none
+
+    int64_t padded_out() const {
+        return round_up(out_features, kColumnPad);
+    }
+    int64_t groups() const {
+        return ceil_div(in_features, group_size);
+    }
+    bool grouped() const {
+        return groups() > 1;
+    }
+    /// Distance of two rows. Strides of whole kilobytes would put the rows of a panel into few sets of the caches and
+    /// few banks of the memory, so such rows are a cache line longer.
+    int64_t row_bytes() const {
+        const int64_t bytes = padded_out() * bits(type) / 8;
+        return bytes % 1024 == 0 ? bytes + kAlignment : bytes;
+    }
+    int64_t scale_size() const {
+        return scale_type == ScaleType::f32 ? 4 : 2;
+    }
+    const uint8_t* row(int64_t input_channel) const {
+        return data + input_channel * row_bytes();
+    }
+    const uint8_t* scale_at(int64_t group, int64_t column) const {
+        return scales + (group * padded_out() + column) * scale_size();
+    }
+
+    int64_t scales_offset() const {
+        return round_up(in_features * row_bytes(), kAlignment);
+    }
+    int64_t zero_points_offset() const {
+        return scales_offset() +
+               (is_quantized(type) ? round_up(groups() * padded_out() * scale_size(), kAlignment) : 0);
+    }
+    int64_t bias_offset() const {
+        return zero_points_offset() + (has_zero_points ? round_up(groups() * padded_out(), kAlignment) : 0);
+    }
+    int64_t buffer_bytes() const {
+        return bias_offset() + (has_bias ? round_up(out_features * 4, kAlignment) : 0) + kTailBytes;
+    }
+
+    /// Points at a buffer of buffer_bytes().
+    void bind(const uint8_t* buffer) {
+        data = buffer;
+        scales = is_quantized(type) ? buffer + scales_offset() : nullptr;
+        zero_points = has_zero_points ? buffer + zero_points_offset() : nullptr;
+        bias = has_bias ? buffer + bias_offset() : nullptr;
+    }
+};
+
+}  // namespace scap

@@ -1,0 +1,201 @@
+"""Replaces threshold operations and the fully connected layers behind them by the C++ sparse operations.
+
+Ours and NNCF's threshold operations are recognised. Layers that share their thresholded input become one `SCAPLinear`;
+a whole FFN, `down(act(gate(x)) * up(x))` or `down(act(up(x)))`, becomes one `SCAPFeedForward`. A layer whose weights
+the operations cannot read keeps the stock ones.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from .extension.nodes import create_feed_forward, create_linear
+from .extension.packing import PackedLayer
+from .graph import evaluate_constant, evaluate_weights, is_constant
+from .threshold_ops import ThresholdOps, find_threshold_ops
+from .weights import UnsupportedWeightsError, pack_weights
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FusionReport:
+    """Module paths of the layers that were fused, and of those that were not with the reason."""
+
+    fused: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _FusedLayer:
+    """One layer ready to be replaced: its packed weights with its bias, and the output that it stands for."""
+
+    ops: ThresholdOps
+    packed: PackedLayer
+    output: ov.Output
+
+
+def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = None) -> FusionReport:
+    """Fuses every sparse layer of `model` in place.
+
+    Args:
+        model: a model with threshold operations; one without is left as it is.
+        precision: `f32`, `split` or `bf16`, see `extension.nodes.create_linear`.
+        library: the compiled extension; by default it is built or found in the cache.
+
+    Raises:
+        ExtensionBuildError: if the extension cannot be built.
+    """
+    report = FusionReport()
+    ready: dict[str, list[_FusedLayer]] = {}
+    for ops in find_threshold_ops(model):
+        try:
+            layer = _prepare(ops)
+        except UnsupportedWeightsError as reason:
+            report.kept[ops.layer.path] = str(reason)
+            logger.debug("%s keeps the stock operations: %s", ops.layer.path, reason)
+            continue
+        ready.setdefault(ops.select.get_name(), []).append(layer)
+    common: dict[str, Any] = {"precision": precision, "library": library}
+    groups = list(ready.values())
+    # FFNs first: they take two groups each, the one of up (and gate) and the one of down.
+    for group in list(groups):
+        found = _find_feed_forward(group, groups)
+        if found is None:
+            continue
+        projections, activation = found
+        (down,) = group
+        _replace_feed_forward(projections, down, activation, common)
+        report.fused += [layer.ops.layer.path for layer in (*projections, down)]
+        taken = {layer.output.get_node().get_name() for layer in (*projections, down)}
+        groups = [other for other in groups if other[0].output.get_node().get_name() not in taken]
+    for group in groups:
+        ops = group[0].ops
+        node = create_linear(
+            ops.source, [layer.packed for layer in group], mode=ops.mode, threshold=ops.threshold, **common
+        )
+        node.set_friendly_name(f"{ops.layer.path}/scap/SCAPLinear")
+        for index, layer in enumerate(group):
+            _redirect(layer.output, node.output(index))
+        report.fused += [layer.ops.layer.path for layer in group]
+    model.validate_nodes_and_infer_types()
+    return report
+
+
+def _prepare(ops: ThresholdOps) -> _FusedLayer:
+    layer = ops.layer
+    if layer.quantizers:
+        raise UnsupportedWeightsError("quantized activations")
+    if ops.source.get_element_type() != ov.Type.f32 or layer.node.get_output_element_type(0) != ov.Type.f32:
+        raise UnsupportedWeightsError(f"activations of type {ops.source.get_element_type().get_type_name()}")
+    output, bias = _output_and_bias(ops)
+    return _FusedLayer(ops, pack_weights(layer, bias), output)
+
+
+def _output_and_bias(ops: ThresholdOps) -> tuple[ov.Output, np.ndarray | None]:
+    """The output behind the layer's constant bias, and everything that is added to it: float32 `[out]` or None."""
+    layer = ops.layer
+    output = layer.node.output(0)
+    bias = np.zeros(layer.out_features, dtype=np.float64)
+    if not ops.centred:  # what is pruned becomes the mode, where the operation makes it zero
+        bias += ops.mode * evaluate_weights(layer).sum(axis=1, dtype=np.float64)
+    while True:
+        readers = list(output.get_target_inputs())
+        if len(readers) != 1 or readers[0].get_node().get_type_name() != "Add":
+            break
+        add = readers[0].get_node()
+        other = add.input_value(1 - readers[0].get_index())
+        if not is_constant(other):
+            break
+        value = evaluate_constant(other)
+        if value.size not in (1, layer.out_features) or (value.ndim and value.shape[-1] != value.size):
+            break
+        bias += value.reshape(-1)
+        output = add.output(0)
+    return output, bias.astype(np.float32) if bias.any() else None
+
+
+def _find_feed_forward(
+    group: list[_FusedLayer], groups: list[list[_FusedLayer]]
+) -> tuple[list[_FusedLayer], str] | None:
+    """The layers (gate and up, or up) and the activation in front of `group`, if it is the `down` of an FFN."""
+    if len(group) != 1:
+        return None
+    down = group[0].ops
+    hidden = down.source.get_node()
+    if any(reader.get_node().get_name() not in down.nodes for reader in hidden.output(0).get_target_inputs()):
+        return None
+    if hidden.get_type_name() == "Multiply":
+        for activated, linear in (hidden.input_values(), reversed(hidden.input_values())):
+            activation = _activation(activated.get_node())
+            if activation is None or not _read_once(activated) or not _read_once(linear):
+                continue
+            source = activated.get_node().input_value(0)
+            projections = _layers_with_outputs((source, linear), groups)
+            if projections is not None and _read_once(source):
+                return projections, activation
+    activation = _activation(hidden)
+    if activation is not None:
+        source = hidden.input_value(0)
+        projections = _layers_with_outputs((source,), groups)
+        if projections is not None and _read_once(source):
+            return projections, activation
+    return None
+
+
+def _layers_with_outputs(outputs: tuple[ov.Output, ...], groups: list[list[_FusedLayer]]) -> list[_FusedLayer] | None:
+    """The layers that make up one group and have exactly these outputs, in this order."""
+    for group in groups:
+        by_name = {layer.output.get_node().get_name(): layer for layer in group}
+        names = [output.get_node().get_name() for output in outputs]
+        if len(group) == len(outputs) == len(set(names)) and all(name in by_name for name in names):
+            return [by_name[name] for name in names]
+    return None
+
+
+def _activation(node: ov.Node) -> str | None:
+    kind = node.get_type_name()
+    if kind == "Swish":
+        beta = node.input_values()[1:]
+        is_silu = not beta or (is_constant(beta[0]) and evaluate_constant(beta[0]).item() == 1)
+        return "silu" if is_silu else None
+    if kind == "Gelu":
+        return {"ERF": "gelu_erf", "TANH": "gelu_tanh"}.get(str(node.get_attributes()["approximation_mode"]).upper())
+    return "relu" if kind == "Relu" else None
+
+
+def _replace_feed_forward(
+    projections: list[_FusedLayer], down: _FusedLayer, activation: str, common: dict[str, Any]
+) -> None:
+    ops = projections[0].ops
+    node = create_feed_forward(
+        ops.source,
+        [layer.packed for layer in (*projections, down)],
+        activation,
+        mode=ops.mode,
+        threshold=ops.threshold,
+        hidden_mode=down.ops.mode,
+        hidden_threshold=down.ops.threshold,
+        **common,
+    )
+    node.set_friendly_name(f"{down.ops.layer.path}/scap/SCAPFeedForward")
+    _redirect(down.output, node.output(0))
+
+
+def _read_once(output: ov.Output) -> bool:
+    return len(output.get_target_inputs()) == 1
+
+
+def _redirect(old: ov.Output, new: ov.Output) -> None:
+    readers: Iterable[ov.Input] = list(old.get_target_inputs())
+    names = old.get_names()
+    for reader in readers:
+        reader.replace_source_output(new)
+    if names:
+        new.add_names(names)

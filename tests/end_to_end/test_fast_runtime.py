@@ -1,0 +1,170 @@
+"""`from optimum_scap import OVModelFor...` on a real model."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import optimum.intel
+import pytest
+import torch
+from conftest import optimum_cli
+from transformers import AutoTokenizer
+
+import optimum_scap
+from optimum_scap.openvino.inference import EXACT
+from optimum_scap.openvino.threshold_ops import find_threshold_ops
+
+
+PROMPTS = ("The capital of France is", "Water boils at", "The largest planet is")
+
+
+def compiled_operations(request) -> set[str]:
+    compiled = request.get_compiled_model() if hasattr(request, "get_compiled_model") else request
+    return {node.get_friendly_name().rpartition("/")[2] for node in compiled.get_runtime_model().get_ops()}
+
+
+def test_it_is_a_drop_in_and_saves_the_portable_model(sparse_int8: Path, tmp_path: Path) -> None:
+    model = optimum_scap.OVModelForCausalLM.from_pretrained(sparse_int8)
+    assert isinstance(model, optimum.intel.OVModelForCausalLM)
+    assert "SCAPFeedForward" in compiled_operations(model.request)
+    assert len(find_threshold_ops(model.model)) == 90
+    tokenizer = AutoTokenizer.from_pretrained(sparse_int8)
+    for prompts in (PROMPTS[0], list(PROMPTS)):  # one row, and a padded batch
+        tokenizer.padding_side = "left"
+        tokens = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8)
+        assert tokens.shape[0] == (1 if isinstance(prompts, str) else 3)
+    model.save_pretrained(tmp_path)
+    saved = ov.Core().read_model(tmp_path / "openvino_model.xml")
+    assert len(find_threshold_ops(saved)) == 90
+
+
+def test_a_dense_model_is_compiled_as_it_is(dense_int8: Path) -> None:
+    model = optimum_scap.OVModelForCausalLM.from_pretrained(dense_int8)
+    assert not any(name.startswith("SCAP") for name in compiled_operations(model.request))
+
+
+def test_logits_are_those_of_the_portable_model(sparse_int8: Path) -> None:
+    """In f32, token by token, until rounding first moves an activation across its threshold (both models do that)."""
+    tokenizer = AutoTokenizer.from_pretrained(sparse_int8)
+    stock = optimum.intel.OVModelForCausalLM.from_pretrained(sparse_int8, ov_config=dict(EXACT))
+    fast = optimum_scap.OVModelForCausalLM.from_pretrained(sparse_int8, ov_config=dict(EXACT))
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        logits = [model(**inputs).logits[0].numpy().copy() for model in (stock, fast)]
+        errors = np.linalg.norm(logits[1] - logits[0], axis=-1) / np.linalg.norm(logits[0], axis=-1)
+        assert errors[0] < 1e-3
+
+
+def test_perplexity_is_that_of_the_portable_model(sparse_int8: Path, texts: tuple[Path, Path]) -> None:
+    from optimum_scap.evaluation.perplexity import perplexity
+
+    tokenizer = AutoTokenizer.from_pretrained(sparse_int8)
+    text = texts[1].read_text(encoding="utf-8")
+    values = [
+        perplexity(package.OVModelForCausalLM.from_pretrained(sparse_int8), tokenizer, text, max_tokens=3072)
+        for package in (optimum.intel, optimum_scap)
+    ]
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+
+
+def test_without_a_compiler_it_warns_once_and_runs(sparse_int8: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("OPTIMUM_SCAP_CACHE", str(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = optimum_scap.OVModelForCausalLM.from_pretrained(sparse_int8)
+    messages = [str(item.message) for item in caught if "SCAP runs with" in str(item.message)]
+    assert len(messages) == 1 and "no-such-compiler" in messages[0]
+    ids = torch.tensor([[1, 2, 3]])
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[:2] == (1, 3)
+
+
+def test_an_encoder_and_an_encoder_decoder(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    bert = BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    BertModel(bert).save_pretrained(tmp_path / "bert")
+    encoder = optimum_scap.OVModelForFeatureExtraction.from_pretrained(tmp_path / "bert", export=True, compile=False)
+    rng = np.random.default_rng(0)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    ones, zeros = np.ones((1, 24), dtype=np.int64), np.zeros((1, 24), dtype=np.int64)
+    data = [dict(zip(names, (rng.integers(0, 99, (1, 24)), ones, zeros), strict=True)) for _ in range(3)]
+    optimum_scap.sparsify_activations(encoder, "up=0.4,down=0.5", data)
+    encoder.save_pretrained(tmp_path / "sparse")
+    inputs = {name: torch.from_numpy(value) for name, value in data[0].items()}
+    expected = optimum.intel.OVModelForFeatureExtraction.from_pretrained(tmp_path / "sparse", ov_config=dict(EXACT))
+    found = optimum_scap.OVModelForFeatureExtraction.from_pretrained(tmp_path / "sparse", ov_config=dict(EXACT))
+    assert any(name.startswith("SCAP") for name in compiled_operations(found.request))
+    difference = found(**inputs).last_hidden_state - expected(**inputs).last_hidden_state
+    assert torch.linalg.norm(difference) < 1e-2 * torch.linalg.norm(expected(**inputs).last_hidden_state)
+
+    t5 = T5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    model = optimum_scap.OVModelForSeq2SeqLM.from_pretrained(tmp_path / "t5", export=True, compile=False)
+    calibration = [{"input_ids": rng.integers(0, 99, (1, 24)), "attention_mask": ones} for _ in range(3)]
+    optimum_scap.sparsify_activations(model, "up=0.4,down=0.5", {"encoder": calibration})
+    model.compile()
+    assert any(name.startswith("SCAP") for name in compiled_operations(model.encoder.request))
+    # Only the encoder is run: stock optimum-intel 2.2 cannot run this T5's decoder either.
+    model.save_pretrained(tmp_path / "sparse-t5")
+    stock = optimum.intel.OVModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse-t5", ov_config=dict(EXACT))
+    fast = optimum_scap.OVModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse-t5", ov_config=dict(EXACT))
+    ids, mask = (torch.from_numpy(calibration[0][name]) for name in ("input_ids", "attention_mask"))
+    states = [part.encoder(input_ids=ids, attention_mask=mask).last_hidden_state for part in (stock, fast)]
+    assert torch.linalg.norm(states[1] - states[0]) < 1e-2 * torch.linalg.norm(states[0])
+
+
+GENAI = """
+import json, sys
+import openvino_genai
+folder, library, prompts = json.loads(sys.argv[1])
+exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+pipeline = openvino_genai.LLMPipeline(folder, "CPU", extensions=[library], ATTENTION_BACKEND="SDPA", **exact)
+options = {"max_new_tokens": 12, "do_sample": False, "apply_chat_template": False}
+print(json.dumps([pipeline.generate(prompt, **options) for prompt in prompts]))
+"""
+
+
+def test_openvino_genai_runs_the_fused_ir_and_gives_the_same_tokens(sparse_int8: Path, tmp_path: Path) -> None:
+    result = optimum_cli("scap", "fuse", sparse_int8, tmp_path / "fused")
+    assert result.returncode == 0, result.stderr
+    library = optimum_cli("scap", "build-extension").stdout.strip()
+    assert Path(library).is_file() and library in result.stdout
+    arguments = json.dumps([str(tmp_path / "fused"), library, PROMPTS])
+    run = subprocess.run([sys.executable, "-c", GENAI, arguments], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    answers = json.loads(run.stdout.splitlines()[-1])
+    tokenizer = AutoTokenizer.from_pretrained(sparse_int8)
+    model = optimum_scap.OVModelForCausalLM.from_pretrained(tmp_path / "fused", ov_config=dict(EXACT))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == answer
+
+
+def test_benchmark_prints_and_writes_what_it_measured(sparse_int8: Path, dense_int8: Path, tmp_path: Path) -> None:
+    result = optimum_cli(
+        *("scap", "benchmark", sparse_int8, "--baseline", dense_int8, "--json", tmp_path / "result.json"),
+        *("--prompt-tokens", "16", "--new-tokens", "8", "--repeats", "2"),
+    )
+    assert result.returncode == 0, result.stderr
+    measured = json.loads((tmp_path / "result.json").read_text())
+    assert [model["name"] for model in measured["models"]] == ["dense", "SCAP", "SCAP, portable"]
+    for model in measured["models"]:
+        assert 0 < model["decode"]["smallest"] <= model["decode"]["median"] <= model["decode"]["largest"]
+        assert model["peak_memory_mib"] > 100
+        assert model["name"] in result.stdout
+    assert measured["realised_sparsity"]["down"] == pytest.approx(0.55, abs=0.05)
+    refused = optimum_cli("scap", "benchmark", dense_int8)
+    assert refused.returncode == 1 and "the model is dense" in refused.stderr
+
+
+def test_a_dense_folder_cannot_be_fused(dense_int8: Path, tmp_path: Path) -> None:
+    result = optimum_cli("scap", "fuse", dense_int8, tmp_path / "out")
+    assert result.returncode == 1 and "the model is dense" in result.stderr
+    assert not (tmp_path / "out").exists()

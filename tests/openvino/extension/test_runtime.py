@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import openvino as ov
+import pytest
+from random_layers import activations, compile_node, parameter, random_layer, relative_error
+
+from optimum_scap.openvino.extension.build import build_extension
+from optimum_scap.openvino.extension.nodes import create_feed_forward, create_linear
+from optimum_scap.openvino.extension.reference import scap_linear
+
+
+def feed_forward_model() -> ov.Model:
+    layers = [random_layer(kind, 64, 96, 32, seed=2) for kind in ("i4", "u4_asym")]
+    layers.append(random_layer("i8", 96, 64, seed=4))
+    p = parameter(64)
+    node = create_feed_forward(
+        p,
+        [layer.packed for layer in layers],
+        "gelu_tanh",
+        mode=0.1,
+        threshold=1 / 3,
+        hidden_mode=1e-7,
+        hidden_threshold=0.123456789,
+    )
+    return ov.Model([node.output(0)], [p])
+
+
+@pytest.fixture
+def extended_core() -> ov.Core:
+    core = ov.Core()
+    core.add_extension(str(build_extension()))
+    return core
+
+
+def test_parallel_requests_on_several_streams():
+    layer = random_layer("u4_asym", 576, 700, 64, seed=2)
+    p = parameter(576, rank=2)
+    node = create_linear(p, [layer.packed, layer.packed], threshold=0.5)
+    compiled = compile_node(node, p, NUM_STREAMS="2", PERFORMANCE_HINT="THROUGHPUT")
+    inputs = [activations((1 + i % 5 * 7, 576), i) for i in range(60)]
+    results: dict[int, list[np.ndarray]] = {}
+    queue = ov.AsyncInferQueue(compiled, 4)
+    queue.set_callback(lambda request, i: results.setdefault(i, [t.data.copy() for t in request.output_tensors]))
+    for i, x in enumerate(inputs):
+        queue.start_async(x, i)
+    queue.wait_all()
+    for i, x in enumerate(inputs):
+        expected = scap_linear(x, layer.weight, layer.bias, 0.0, 0.5)
+        assert all(relative_error(result, expected) < 1e-3 for result in results[i])
+
+
+def test_ir_round_trip_keeps_every_attribute(extended_core, tmp_path):
+    model = feed_forward_model()
+    ov.save_model(model, tmp_path / "model.xml")
+    x = activations((1, 3, 64))
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    expected = extended_core.compile_model(model, "CPU", config)(x)[0]
+    loaded = extended_core.read_model(tmp_path / "model.xml")
+    np.testing.assert_array_equal(extended_core.compile_model(loaded, "CPU", config)(x)[0], expected)
+    attributes = [
+        next(op for op in m.get_ops() if op.get_type_name() == "SCAPFeedForward").get_attributes()
+        for m in (model, loaded)
+    ]
+    assert attributes[0] == attributes[1]
+
+
+def test_model_cache(extended_core, tmp_path):
+    ov.save_model(feed_forward_model(), tmp_path / "model.xml")
+    config = {"CACHE_DIR": str(tmp_path / "cache"), "INFERENCE_PRECISION_HINT": "f32"}
+    x = activations((2, 1, 64))
+    results = []
+    for _ in range(2):
+        compiled = extended_core.compile_model(tmp_path / "model.xml", "CPU", config)
+        results.append(compiled(x)[0])
+    assert compiled.get_property("LOADED_FROM_CACHE")
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('in_features="64"', 'in_features="0"'),
+        ('in_features="64"', 'in_features="-5"'),
+        ('in_features="64"', 'in_features="65"'),
+        ('in_features="64"', 'in_features="4611686018427387904"'),
+        ('out_features="96, 96, 64"', 'out_features=""'),
+        ('out_features="96, 96, 64"', 'out_features="96"'),
+        ('out_features="96, 96, 64"', 'out_features="96, 96"'),
+        ('out_features="96, 96, 64"', 'out_features="96, 96, 64, 1"'),
+        ('out_features="96, 96, 64"', 'out_features="96, 97, 64"'),
+        ('out_features="96, 96, 64"', 'out_features="96, 96, 65"'),
+        ('group_sizes="32, 32, 0"', 'group_sizes="-1, 32, 0"'),
+        ('group_sizes="32, 32, 0"', 'group_sizes="1, 32, 0"'),
+        ('group_sizes="32, 32, 0"', 'group_sizes="32, 32"'),
+        ('weight_types="u4, u4, u8"', 'weight_types="u4, u4, nf4"'),
+        ('weight_types="u4, u4, u8"', 'weight_types="u4, f32, u8"'),
+        ('zero_points="8, -1, 128"', 'zero_points="8, -2, 128"'),
+        ('zero_points="8, -1, 128"', 'zero_points="8, 999, 128"'),
+        ('has_bias="1, 1, 1"', 'has_bias="1, 1, 0"'),
+        ('has_bias="1, 1, 1"', 'has_bias="1, 1, 7"'),
+        ('activation="gelu_tanh"', 'activation="mish"'),
+        ('precision="split"', 'precision="int3"'),
+        (' threshold="', ' threshold="nan" was="'),
+        (' threshold="', ' threshold="-1" was="'),
+        (' hidden_threshold="', ' hidden_threshold="inf" was="'),
+        (' mode="', ' mode="inf" was="'),
+    ],
+)
+def test_malformed_ir_raises(extended_core, tmp_path, old, new):
+    path = tmp_path / "model.xml"
+    ov.save_model(feed_forward_model(), path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(RuntimeError):
+        extended_core.compile_model(path, "CPU")
+
+
+def test_missing_and_wrong_inputs_raise():
+    packed = random_layer("i8", 16, 8).packed
+    p = parameter(16)
+    short = ov.op.Constant(packed.buffer[:-1].copy())
+    for inputs in ([p.output(0)], [p.output(0), short.output(0)], [p.output(0), p.output(0)], []):
+        with pytest.raises(RuntimeError):
+            node = create_linear(p, [packed])
+            node.set_arguments(inputs)
+            ov.Model([node.output(0)], [p]).validate_nodes_and_infer_types()
+    with pytest.raises(RuntimeError, match="in_features"):
+        create_linear(parameter(17), [packed])
+
+
+@pytest.mark.parametrize("threshold", (-1.0, float("nan"), float("inf")))
+def test_thresholds_that_mean_nothing_raise(threshold):
+    with pytest.raises(RuntimeError, match="threshold"):
+        create_linear(parameter(16), [random_layer("i8", 16, 8).packed], threshold=threshold)

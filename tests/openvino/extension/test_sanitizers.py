@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels under the sanitizers: wrong results, out-of-bounds access, undefined behaviour, data races.
+
+Each build compiles the kernels once more, without OpenVINO.
+"""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from optimum_scap.openvino.extension.build import BASE_FLAGS, ISA_FLAGS, SOURCE_DIR, find_compiler
+
+
+HERE = Path(__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
+@pytest.mark.parametrize("isa", ("native", pytest.param("avx2", marks=pytest.mark.slow), "portable"))
+def test_kernels_are_clean(sanitizer, isa, tmp_path):
+    if isa not in ("native", "portable") and not X86:
+        pytest.skip("an x86 instruction set")
+    flags = ISA_FLAGS[isa] if X86 else ()
+    program = tmp_path / "kernels"
+    command = [
+        *find_compiler(), *BASE_FLAGS, *flags, "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all",
+        "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}", HERE / "kernels_driver.cpp", SOURCE_DIR / "linear.cpp",
+        "-o", program,
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip(f"the compiler has no {sanitizer} sanitizer")
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,152 @@
+"""Fused models against portable ones: every weight format, both threshold patterns, whole FFNs and single layers."""
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as opset
+from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, linear, samples
+
+from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.openvino.fusion import fuse
+from optimum_scap.openvino.inference import EXACT
+from optimum_scap.openvino.threshold_ops import find_threshold_ops
+
+
+SPEC = "up=0.4,gate=0.4,down=0.6"
+
+
+def outputs(model: ov.Model, x: np.ndarray) -> np.ndarray:
+    return np.array(ov.Core().compile_model(model, "CPU", EXACT)({"x": x})[0])
+
+
+def kinds(model: ov.Model) -> dict[str, int]:
+    names = [node.get_type_name() for node in model.get_ops()]
+    return {name: names.count(name) for name in ("SCAPLinear", "SCAPFeedForward", "MatMul", "Select")}
+
+
+def assert_close(fused: ov.Model, portable: ov.Model, x: np.ndarray, bound: float = 1e-3) -> None:
+    expected, found = outputs(portable, x), outputs(fused, x)
+    errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    # Rounding may move an activation across its threshold: few tokens may differ by more.
+    assert np.mean(errors < bound) >= 0.95
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+@pytest.mark.parametrize("weights", [name for name in FORMATS if name != "nf4"])
+def test_a_whole_ffn_becomes_one_operation(weights: str, mode: str) -> None:
+    data = samples(offset=0.3)
+    portable = compressed(gated_ffn(bias=mode == "mean"), weights)
+    sparsify_activations(portable, SCAPConfig.from_spec(SPEC, mode=mode), data)
+    fused = portable.clone()
+    report = fuse(fused, precision="f32")
+    assert len(report.fused) == 6 and not report.kept
+    assert kinds(fused) == {"SCAPLinear": 0, "SCAPFeedForward": 2, "MatMul": 0, "Select": 0}
+    for rows in (1, 2, 7, 40):
+        assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
+
+
+def test_layers_that_are_no_whole_ffn_are_fused_one_input_at_a_time() -> None:
+    data = samples()
+    portable = sparsify_activations(gated_ffn(), "up=0.4,gate=0.4", data)
+    fused = portable.clone()
+    fuse(fused, precision="f32")
+    assert kinds(fused) == {"SCAPLinear": 2, "SCAPFeedForward": 0, "MatMul": 2, "Select": 0}
+    assert_close(fused, portable, data[0]["x"])
+    differing = sparsify_activations(gated_ffn(), "up=0.4,gate=0.3,down=0.5", data)
+    fused = differing.clone()
+    fuse(fused, precision="f32")
+    assert kinds(fused) == {"SCAPLinear": 6, "SCAPFeedForward": 0, "MatMul": 0, "Select": 0}
+    assert_close(fused, differing, data[0]["x"])
+
+
+def test_an_ffn_whose_inner_values_are_read_elsewhere_keeps_them() -> None:
+    data = samples()
+    model = gated_ffn(blocks=1)
+    product = next(node for node in model.get_ops() if node.get_type_name() == "Multiply")
+    model.add_outputs([product.output(0)])
+    portable = sparsify_activations(model, SPEC, data)
+    fused = portable.clone()
+    fuse(fused, precision="f32")
+    assert kinds(fused)["SCAPFeedForward"] == 0 and kinds(fused)["SCAPLinear"] == 2
+    for index in (0, 1):
+        results = [ov.Core().compile_model(m, "CPU", EXACT)(data[0])[index] for m in (portable, fused)]
+        assert np.linalg.norm(results[1] - results[0]) < 1e-2 * np.linalg.norm(results[0])
+
+
+@pytest.mark.parametrize(("make", "name"), [(opset.relu, "relu"), (lambda x: opset.gelu(x, "TANH"), "gelu")])
+def test_an_ffn_without_gate(make, name: str) -> None:
+    rng = np.random.default_rng(3)
+    x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
+    x.output(0).set_names({"x"})
+    up = linear(x, HIDDEN, 96, "layers.0.fc1", rng, True, False)
+    down = linear(make(up), 96, HIDDEN, "layers.0.fc2", rng, True, False)
+    model = ov.Model([opset.result(opset.add(x, down))], [x], name)
+    data = samples()
+    portable = sparsify_activations(model, "up=0.5,down=0.7", data)
+    fused = portable.clone()
+    fuse(fused, precision="f32")
+    assert kinds(fused)["SCAPFeedForward"] == 1
+    assert_close(fused, portable, data[0]["x"])
+
+
+def test_weights_stored_input_first_and_f16() -> None:
+    data = samples()
+    portable = sparsify_activations(gated_ffn(transposed=True, bias=True), SPEC, data)
+    for constant in [node for node in portable.get_ops() if node.get_friendly_name().endswith(".weight")]:
+        half = opset.convert(opset.constant(constant.data.astype(np.float16)), "f32")
+        for reader in list(constant.output(0).get_target_inputs()):
+            reader.replace_source_output(half.output(0))
+    fused = portable.clone()
+    assert len(fuse(fused, precision="f32").fused) == 6
+    assert_close(fused, portable, data[0]["x"])
+
+
+def nncf_pattern(mode: float) -> ov.Model:
+    """What NNCF's sparsifier exports: Abs -> LessEqual -> Select of x itself (masked_fill), here with any fill."""
+    rng = np.random.default_rng(5)
+    x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
+    x.output(0).set_names({"x"})
+    centred = opset.subtract(x, opset.constant(np.float32(mode))) if mode else x
+    mask = opset.less_equal(opset.abs(centred), opset.constant(np.float32(0.5)))
+    fill = opset.constant(np.float32(mode))
+    pruned = opset.select(mask, fill, x)
+    return ov.Model([opset.result(linear(pruned, HIDDEN, 48, "layers.0.up_proj", rng, False, False))], [x], "nncf")
+
+
+@pytest.mark.parametrize("mode", [0.0, 0.25])
+def test_the_pattern_of_nncf_is_recognised(mode: float) -> None:
+    portable = nncf_pattern(mode)
+    fused = portable.clone()
+    assert fuse(fused, precision="f32").fused == ["layers.0.up_proj"]
+    assert_close(fused, portable, samples()[0]["x"], 1e-4)
+
+
+def test_what_the_operation_cannot_read_stays_and_says_why() -> None:
+    import nncf
+
+    data = samples(count=8)
+    nf4 = sparsify_activations(compressed(gated_ffn(), "nf4"), SPEC, data)
+    before = kinds(nf4)
+    report = fuse(nf4)
+    assert kinds(nf4) == before
+    assert len(report.kept) == 6 and all("nf4" in reason for reason in report.kept.values())
+    quantized = nncf.quantize(gated_ffn(), nncf.Dataset(data), model_type=nncf.ModelType.TRANSFORMER)
+    report = fuse(sparsify_activations(quantized, SPEC, data))
+    assert len(report.kept) == 6 and set(report.kept.values()) == {"quantized activations"}
+
+
+def test_nothing_to_fuse() -> None:
+    model = gated_ffn()
+    before = kinds(model)
+    assert fuse(model).fused == []
+    assert kinds(model) == before
+    assert find_threshold_ops(model) == []
+
+
+def test_the_default_precision_is_accurate_for_one_token() -> None:
+    data = samples()
+    for weights in ("int8_asym", "int4_sym"):
+        portable = sparsify_activations(compressed(gated_ffn(), weights), SPEC, data)
+        fused = portable.clone()
+        fuse(fused)
+        assert_close(fused, portable, np.concatenate([sample["x"][:, :1] for sample in data]))
