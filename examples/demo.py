@@ -103,6 +103,20 @@ def main() -> None:
     )
     for name, model in models.items():
         console.print(f"[bold]{name}:[/bold] {generated(model, tokenizer)}\n")
+    console.rule("4. How fast: the same folder with the C++ operations")
+    script = Path(sys.executable).with_name("optimum-cli")
+    benchmark = [
+        script,
+        "scap",
+        "benchmark",
+        sparse_folder,
+        "--baseline",
+        dense_folder,
+        "--json",
+        output / "speed.json",
+    ]
+    if subprocess.run([str(part) for part in benchmark]).returncode != 0:
+        raise SystemExit("optimum-cli scap benchmark failed")
     console.print(f"Sparse model: {sparse_folder}  (dense: {dense_folder})")
     console.print(f"Took {time.monotonic() - started:.0f} s.")
 

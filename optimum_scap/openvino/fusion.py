@@ -57,7 +57,7 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
     for ops in find_threshold_ops(model):
         try:
             layer = _prepare(ops)
-        except UnsupportedWeightsError as reason:
+        except ValueError as reason:
             report.kept[ops.layer.path] = str(reason)
             logger.debug("%s keeps the stock operations: %s", ops.layer.path, reason)
             continue
@@ -90,6 +90,8 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
 
 def _prepare(ops: ThresholdOps) -> _FusedLayer:
     layer = ops.layer
+    if not (np.isfinite(ops.mode) and np.isfinite(ops.threshold) and ops.threshold >= 0):
+        raise UnsupportedWeightsError(f"mode {ops.mode} and threshold {ops.threshold}")
     if layer.quantizers:
         raise UnsupportedWeightsError("quantized activations")
     if ops.source.get_element_type() != ov.Type.f32 or layer.node.get_output_element_type(0) != ov.Type.f32:

@@ -101,13 +101,13 @@ def test_weights_stored_input_first_and_f16() -> None:
     assert_close(fused, portable, data[0]["x"])
 
 
-def nncf_pattern(mode: float) -> ov.Model:
+def nncf_pattern(mode: float, threshold: float = 0.5) -> ov.Model:
     """What NNCF's sparsifier exports: Abs -> LessEqual -> Select of x itself (masked_fill), here with any fill."""
     rng = np.random.default_rng(5)
     x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
     x.output(0).set_names({"x"})
     centred = opset.subtract(x, opset.constant(np.float32(mode))) if mode else x
-    mask = opset.less_equal(opset.abs(centred), opset.constant(np.float32(0.5)))
+    mask = opset.less_equal(opset.abs(centred), opset.constant(np.float32(threshold)))
     fill = opset.constant(np.float32(mode))
     pruned = opset.select(mask, fill, x)
     return ov.Model([opset.result(linear(pruned, HIDDEN, 48, "layers.0.up_proj", rng, False, False))], [x], "nncf")
@@ -133,6 +133,13 @@ def test_what_the_operation_cannot_read_stays_and_says_why() -> None:
     quantized = nncf.quantize(gated_ffn(), nncf.Dataset(data), model_type=nncf.ModelType.TRANSFORMER)
     report = fuse(sparsify_activations(quantized, SPEC, data))
     assert len(report.kept) == 6 and set(report.kept.values()) == {"quantized activations"}
+
+
+def test_a_threshold_that_keeps_everything_stays_stock() -> None:
+    for threshold in (-1.0, np.nan):
+        model = nncf_pattern(0.0, threshold)
+        assert list(fuse(model).kept) == ["layers.0.up_proj"]
+        assert np.isfinite(outputs(model, samples()[0]["x"])).all()
 
 
 def test_nothing_to_fuse() -> None:
