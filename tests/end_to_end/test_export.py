@@ -196,3 +196,48 @@ def test_an_encoder_can_be_sparsified(texts: tuple[Path, Path], tmp_path: Path) 
     assert {layer.role for layer in parameters.layers.values()} == {"up", "down", "o"}
     for path, realised in measure_sparsity(model.model, data).items():
         assert realised == pytest.approx(parameters.layers[path].target_sparsity, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--weight-format", "fp32"],
+        ["--weight-format", "fp16"],
+        ["--weight-format", "int8", "--sym"],
+        ["--weight-format", "int4", "--group-size", "64", "--sym", "--ratio", "0.8"],
+        [
+            "--weight-format",
+            "int4",
+            "--group-size",
+            "64",
+            "--lora-correction",
+            "--dataset",
+            "auto",
+            "--num-samples",
+            "4",
+        ],
+        ["--weight-format", "nf4", "--group-size", "64"],
+        ["--weight-format", "mxfp4"],
+        ["--weight-format", "cb4", "--group-size", "64"],
+        ["--quant-mode", "int8", "--dataset", "auto", "--num-samples", "4"],
+        ["--quant-mode", "f8e4m3", "--dataset", "auto", "--num-samples", "4"],
+        ["--quant-mode", "int4_f8e4m3", "--group-size", "64", "--dataset", "auto", "--num-samples", "4"],
+    ],
+    ids=" ".join,
+)
+def test_every_weight_format_and_quant_mode(
+    flags: list[str], smollm2: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from optimum.intel import OVModelForCausalLM
+
+    output = tmp_path / "out"
+    result = optimum_cli(
+        *("export", "openvino", "-m", smollm2, *flags, "--scap", "0.3", "--scap-mode", "down=median"),
+        *("--scap-dataset", texts[0], "--scap-num-samples", "4", "--scap-seq-len", "64", output),
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(parameters_of(output).layers) == 90
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    text = texts[1].read_text(encoding="utf-8")
+    assert perplexity(OVModelForCausalLM.from_pretrained(output), tokenizer, text, max_tokens=512) < 60
