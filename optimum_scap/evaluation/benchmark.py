@@ -128,7 +128,7 @@ def measure(
             for name, seconds in spent.items():
                 decode[name].append(new_tokens / seconds)
     return [
-        Measurement(name, str(folder), Spread.of(prefill[name]), Spread.of(decode[name]), *usage[name])
+        Measurement(name, folder.name, Spread.of(prefill[name]), Spread.of(decode[name]), *usage[name])
         for name, (folder, _) in models.items()
     ]
 

@@ -189,6 +189,8 @@ def test_a_killed_process_leaves_no_output(
         [str(script), "scap", "apply", str(dense_int8), str(output), "--scap", "0.5", "--scap-dataset", str(texts[0])],
         stderr=subprocess.PIPE,
         env={**os.environ, "COLUMNS": "200"},
+        # A shell's background jobs ignore SIGINT, and so would whatever they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.scap-*/complete")):
