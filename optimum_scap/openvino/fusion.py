@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from .extension.build import build_extension
 from .extension.nodes import create_feed_forward, create_linear
 from .extension.packing import PackedLayer
 from .graph import evaluate_constant, evaluate_weights, is_constant
@@ -62,7 +63,8 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
             logger.debug("%s keeps the stock operations: %s", ops.layer.path, reason)
             continue
         ready.setdefault(ops.select.get_name(), []).append(layer)
-    common: dict[str, Any] = {"precision": precision, "library": library}
+    # Finding the library asks the compiler for its version: once for a model, not once for every node.
+    common: dict[str, Any] = {"precision": precision, "library": library or (build_extension() if ready else None)}
     groups = list(ready.values())
     # FFNs first: they take two groups each, the one of up (and gate) and the one of down.
     for group in list(groups):
