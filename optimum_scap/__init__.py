@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_with_transformers
+
 
 try:
     __version__ = version("optimum-scap")
@@ -25,7 +27,9 @@ _PUBLIC_NAMES = {
     "RoleTarget": ".config",
     "SCAPConfig": ".config",
     "SCAPError": ".errors",
-    "SCAPParameters": ".calibration",
+    "SCAPParameters": ".parameters",
+    "load_parameters": ".parameters",
+    "save_parameters": ".parameters",
     "sparsify_activations": ".sparsify",
 }
 
@@ -43,11 +47,12 @@ __all__ = [
     "SCAPError",
     "SCAPParameters",
     "__version__",
+    "load_parameters",
+    "save_parameters",
     "sparsify_activations",
 ]
 
 if TYPE_CHECKING:
-    from .calibration import SCAPParameters
     from .config import RoleTarget, SCAPConfig
     from .errors import SCAPError
     from .openvino.modeling import (
@@ -60,6 +65,7 @@ if TYPE_CHECKING:
         OVModelForSequenceClassification,
         OVModelForTokenClassification,
     )
+    from .parameters import SCAPParameters, load_parameters, save_parameters
     from .sparsify import sparsify_activations
 
 
@@ -73,3 +79,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_transformers()

@@ -1,4 +1,4 @@
-"""From activations to SCAPParameters: the mode and the threshold of every layer. Knows no framework.
+"""From activations to the mode and the threshold of every layer. Knows no framework.
 
 A backend lists its `Site`s (one per pruned input) and runs the model over the calibration data on request. Thresholds
 must hold while all other layers are sparse too (the reference calibrates each layer behind layers that are already
@@ -10,50 +10,21 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from .config import Mode, RoleTarget, SCAPConfig
+from .config import RoleTarget, SCAPConfig
 from .errors import SCAPError
 from .roles import Role
 from .statistics import ActivationStatistics
 
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
 SETTLED = 0.004
 MAX_PASSES = 8
 FIRST_PASS_FRACTION = 0.25
-
-
-class LayerParameters(BaseModel):
-    """What SCAP needs to know about one fully connected layer.
-
-    `keep_i = |x_i - mode| > threshold` in float32; `mode` and `threshold` are float32 values.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Role
-    method: Mode
-    target_sparsity: float
-    mode: float
-    threshold: float
-
-
-class SCAPParameters(BaseModel):
-    """The result of a calibration: the config it was made with, and the parameters per module path."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    version: str
-    config: SCAPConfig
-    layers: dict[str, LayerParameters]
 
 
 @dataclass(frozen=True)
@@ -82,12 +53,18 @@ class Site:
     target: RoleTarget
 
 
-Visit = Callable[[str, "NDArray[np.float32]"], None]
+# visit(site key, activations), the activations being of the kind that the backend's statistics take
+Visit = Callable[[str, Any], None]
 # run_pass(current thresholds per site key, fraction of the data to use, description, visit)
 RunPass = Callable[[dict[str, Thresholding], float, str, Visit], None]
 
 
-def calibrate(sites: Iterable[Site], run_pass: RunPass, seed: int) -> dict[str, Thresholding]:
+def calibrate(
+    sites: Iterable[Site],
+    run_pass: RunPass,
+    seed: int,
+    new_statistics: Callable[..., ActivationStatistics] = ActivationStatistics,
+) -> dict[str, Thresholding]:
     """Finds the mode and the threshold of every site.
 
     Args:
@@ -95,6 +72,8 @@ def calibrate(sites: Iterable[Site], run_pass: RunPass, seed: int) -> dict[str, 
         run_pass: runs the model over (a fraction of) the calibration data with the given thresholds in force and
             calls `visit(key, activations)` with the input of each site, before it is pruned.
         seed: seed of the sketches.
+        new_statistics: makes the statistics of one site (name, seed); a backend may collect them where its activations
+            are.
 
     Returns:
         {site key: Thresholding}; on the calibration data, with all of them in force, each site prunes its target
@@ -108,7 +87,7 @@ def calibrate(sites: Iterable[Site], run_pass: RunPass, seed: int) -> dict[str, 
     for number in range(MAX_PASSES):
         # A dense pass only has to give a starting point: the passes behind it see other activations anyway.
         fraction = FIRST_PASS_FRACTION if number == 0 else 1.0
-        statistics = {site.key: ActivationStatistics(", ".join(site.layers), seed=seed) for site in sites}
+        statistics = {site.key: new_statistics(", ".join(site.layers), seed=seed) for site in sites}
         run_pass(current, fraction, f"SCAP calibration, pass {number + 1}", partial(_visit, statistics))
         solved = {
             site.key: Thresholding(*statistics[site.key].solve(site.target.mode, site.target.sparsity))
@@ -129,7 +108,7 @@ def calibrate(sites: Iterable[Site], run_pass: RunPass, seed: int) -> dict[str, 
     return current
 
 
-def _visit(statistics: dict[str, ActivationStatistics], key: str, activations: "NDArray[np.float32]") -> None:
+def _visit(statistics: dict[str, ActivationStatistics], key: str, activations: Any) -> None:
     statistics[key].add(activations)
 
 

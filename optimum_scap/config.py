@@ -12,6 +12,8 @@ from .roles import FFN_ROLES, ROLES, Role
 Mode = Literal["zero", "mean", "median", "kde"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+ApplyTo = Literal["all", "decode"]
+
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
 
@@ -38,6 +40,8 @@ class SCAPConfig(BaseModel):
         num_samples: number of calibration samples.
         seq_len: tokens per calibration sample.
         seed: seed of every random choice made during calibration.
+        apply_to: `all` prunes every forward; `decode` leaves forwards over several tokens (prefill) dense, where
+            pruning costs quality and saves no time. PyTorch models only.
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field that is wrong.
@@ -52,6 +56,7 @@ class SCAPConfig(BaseModel):
     num_samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=256, ge=1)
     seed: int = Field(default=42, ge=0)
+    apply_to: ApplyTo = "all"
 
     @field_validator("targets", mode="before")
     @classmethod

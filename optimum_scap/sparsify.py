@@ -6,11 +6,12 @@ from typing import Any
 
 from .config import SCAPConfig
 from .errors import SCAPError
+from .parameters import SCAPParameters
 
 
 def sparsify_activations(
     model: Any,
-    config: SCAPConfig | str,
+    config: SCAPConfig | SCAPParameters | str,
     dataset: Any = None,
     *,
     tokenizer: Any = None,
@@ -22,14 +23,17 @@ def sparsify_activations(
     and threshold are calibrated on `dataset` so that the target sparsity is realised while all layers are sparse.
 
     Args:
-        model: an `openvino.Model` or any optimum-intel `OVModel*`, with or without compressed weights. It is changed
-            in place, and not at all if anything fails before calibration is complete.
-        config: what to prune; a string is parsed by `SCAPConfig.from_spec`.
+        model: a `torch.nn.Module` (any transformers model among them), an `openvino.Model`, or any optimum-intel
+            `OVModel*`, with or without compressed weights. It is changed in place, and not at all if anything fails
+            before calibration is complete.
+        config: what to prune; a string is parsed by `SCAPConfig.from_spec`. SCAPParameters (`load_parameters`) are
+            applied as they are, without calibration and without a dataset.
         dataset: for an `openvino.Model` an `nncf.Dataset` or an iterable of model inputs that can be iterated several
-            times. For an `OVModel*` also a `datasets.Dataset`, the name of a dataset that optimum-intel's helper
-            knows, a local .txt, .jsonl, .json or .parquet file, or `auto`; by default `config.dataset`.
-        tokenizer: (OVModel* only) the tokenizer or where to load it from; by default the model's folder.
-        trust_remote_code: (OVModel* only) whether the tokenizer may bring code of its own.
+            times. For the others also a `datasets.Dataset`, the name of a dataset that optimum-intel's helper knows, a
+            local .txt, .jsonl, .json or .parquet file, or `auto`; by default `config.dataset`. For torch models a
+            DataLoader is such an iterable.
+        tokenizer: (not for `openvino.Model`) the tokenizer or where to load it from; by default the model's folder.
+        trust_remote_code: (not for `openvino.Model`) whether the tokenizer may bring code of its own.
 
     Returns:
         `model`.
@@ -40,6 +44,12 @@ def sparsify_activations(
     """
     if isinstance(config, str):
         config = SCAPConfig.from_spec(config)
+    if isinstance(config, SCAPParameters):
+        if dataset is not None:
+            raise SCAPError("SCAPParameters are applied without calibration: no dataset is needed")
+        return _apply(model, config)
+    if _is_instance(model, "torch.nn", "Module"):
+        return _sparsify_torch_model(model, config, dataset, tokenizer, trust_remote_code)
     if _is_instance(model, "openvino", "Model"):
         from .openvino.backend import sparsify_models
 
@@ -51,10 +61,39 @@ def sparsify_activations(
         return model
     if _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin"):
         return _sparsify_optimum_model(model, config, dataset, tokenizer, trust_remote_code)
-    raise SCAPError(
-        f"models of type {type(model).__module__}.{type(model).__name__} are not supported; pass an openvino.Model or "
-        "an optimum-intel OVModel"
-    )
+    raise _unsupported(model)
+
+
+def _apply(model: Any, parameters: SCAPParameters) -> Any:
+    if _is_instance(model, "torch.nn", "Module"):
+        from .torch.backend import apply_parameters
+
+        apply_parameters(model, parameters)
+    elif _is_instance(model, "openvino", "Model"):
+        from .openvino.backend import apply_parameters as apply_to_models
+
+        apply_to_models({"model": model}, parameters)
+    elif _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin"):
+        from .openvino.backend import apply_parameters as apply_to_models
+
+        apply_to_models(_submodels(model), parameters)
+        model.clear_requests()
+    else:
+        raise _unsupported(model)
+    return model
+
+
+def _sparsify_torch_model(
+    model: Any, config: SCAPConfig, dataset: Any, tokenizer: str | Path | Any, trust_remote_code: bool
+) -> Any:
+    from .torch.backend import check_model, sparsify_model
+    from .torch.dataset import build_samples
+
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_model(inner, config)
+    config = _with_dataset(config, dataset)
+    sparsify_model(inner, config, build_samples(inner, config, dataset, tokenizer, trust_remote_code))
+    return model
 
 
 def _sparsify_optimum_model(
@@ -63,19 +102,37 @@ def _sparsify_optimum_model(
     from .openvino.backend import check_models, sparsify_models
     from .openvino.dataset import build_samples
 
-    submodels = dict(model.ov_models)
-    if any(_is_instance(submodel, "openvino", "CompiledModel") for submodel in submodels.values()):
-        raise SCAPError("the model was loaded with compile_only=True and cannot be changed; load it without")
+    submodels = _submodels(model)
     check_models(submodels, config)
-    if dataset is not None:
-        name = str(dataset) if isinstance(dataset, str | Path) else "custom"
-        config = config.model_copy(update={"dataset": name})
+    config = _with_dataset(config, dataset)
     try:
         samples = build_samples(model, config, dataset, tokenizer, trust_remote_code)
         sparsify_models(submodels, config, samples)
     finally:
         model.clear_requests()
     return model
+
+
+def _submodels(model: Any) -> dict[str, Any]:
+    submodels = dict(model.ov_models)
+    if any(_is_instance(submodel, "openvino", "CompiledModel") for submodel in submodels.values()):
+        raise SCAPError("the model was loaded with compile_only=True and cannot be changed; load it without")
+    return submodels
+
+
+def _with_dataset(config: SCAPConfig, dataset: Any) -> SCAPConfig:
+    """`config` with the dataset that is really used: its name, or `custom` for an object."""
+    if dataset is None:
+        return config
+    name = str(dataset) if isinstance(dataset, str | Path) else "custom"
+    return config.model_copy(update={"dataset": name})
+
+
+def _unsupported(model: Any) -> SCAPError:
+    return SCAPError(
+        f"models of type {type(model).__module__}.{type(model).__name__} are not supported; pass a torch.nn.Module, "
+        "an openvino.Model or an optimum-intel OVModel"
+    )
 
 
 def _is_instance(value: Any, module: str, name: str) -> bool:

@@ -5,7 +5,7 @@ threshold t, the quantile of |x - m| at the target sparsity. Both are taken from
 activations, so that one pass over the data serves every mode and every sparsity, and memory does not grow with it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,39 +33,48 @@ class QuantileSketch:
     def __init__(self, capacity: int = 8192, seed: int = 0) -> None:
         self._capacity = capacity
         self._rng = np.random.default_rng(seed)
-        self._levels: list[list[NDArray[np.float32]]] = []
+        self._levels: list[list[Any]] = []
         self.count = 0
 
-    def add(self, values: "NDArray[np.float32]") -> None:
-        """Adds all elements of `values` (any shape, finite)."""
-        values = np.sort(values, axis=None)
-        if values.size == 0:
+    def add(self, values: Any, weight_level: int = 0) -> None:
+        """Adds all elements of `values` (any shape, finite), each standing for 2^weight_level values of the stream."""
+        values = self._sort([values])
+        size = values.shape[0]
+        if size == 0:
             return
-        self.count += values.size
-        level = max(0, int(np.ceil(np.log2(values.size / self._capacity))))
-        self._insert(level, values[self._rng.integers(1 << level) :: 1 << level])
+        self.count += size << weight_level
+        level = max(0, int(np.ceil(np.log2(size / self._capacity))))
+        self._insert(weight_level + level, values[int(self._rng.integers(1 << level)) :: 1 << level])
 
     def weighted_values(self) -> tuple["NDArray[np.float32]", "NDArray[np.float64]"]:
         """The kept values, sorted, and how many values of the stream each stands for. Both are 1-D."""
         kept = [(level, chunk) for level, chunks in enumerate(self._levels) for chunk in chunks]
         if not kept:
             raise SCAPError("no values were added, there is nothing to take a quantile of")
-        values = np.concatenate([chunk for _, chunk in kept])
-        weights = np.concatenate([np.full(chunk.size, 2.0**level) for level, chunk in kept])
+        values = self._as_array([chunk for _, chunk in kept])
+        weights = np.concatenate([np.full(chunk.shape[0], 2.0**level) for level, chunk in kept])
         order = np.argsort(values, kind="stable")
         return values[order], weights[order]
 
-    def _insert(self, level: int, chunk: "NDArray[np.float32]") -> None:
+    def _insert(self, level: int, chunk: Any) -> None:
         while len(self._levels) <= level:
             self._levels.append([])
         self._levels[level].append(chunk)
-        if sum(kept.size for kept in self._levels[level]) > 2 * self._capacity:
-            merged = np.sort(np.concatenate(self._levels[level]))
+        if sum(kept.shape[0] for kept in self._levels[level]) > 2 * self._capacity:
+            merged = self._sort(self._levels[level])
             self._levels[level] = []
-            if merged.size % 2:  # the odd one out stays, so that the total weight is exact
+            if merged.shape[0] % 2:  # the odd one out stays, so that the total weight is exact
                 self._levels[level].append(merged[-1:])
                 merged = merged[:-1]
-            self._insert(level + 1, merged[self._rng.integers(2) :: 2])
+            self._insert(level + 1, merged[int(self._rng.integers(2)) :: 2])
+
+    # What a backend replaces that keeps its chunks elsewhere than in numpy arrays.
+
+    def _sort(self, chunks: list[Any]) -> Any:
+        return np.sort(np.concatenate([chunk.reshape(-1) for chunk in chunks]))
+
+    def _as_array(self, chunks: list[Any]) -> "NDArray[np.float32]":
+        return np.concatenate(chunks)
 
 
 def weighted_quantile(values: "NDArray[np.float32]", weights: "NDArray[np.float64]", fraction: float) -> np.float32:
@@ -100,11 +109,7 @@ class ActivationStatistics:
         if activations.size == 0:
             return
         largest = max(float(activations.max()), -float(activations.min()))
-        if not np.isfinite(largest):
-            raise SCAPError(
-                f"layer {self.name}: its input activations contain NaN or infinite values on the calibration data; "
-                "check the model in this precision, or exclude the layer"
-            )
+        self._check_finite(largest)
         self._largest = max(self._largest, largest)
         self._sum += float(activations.sum(dtype=np.float64))
         self._sketch.add(activations)
@@ -131,6 +136,13 @@ class ActivationStatistics:
         values, weights = self._sketch.weighted_values()
         pruned = np.abs(values - np.float32(mode)) <= np.float32(threshold)
         return float(weights[pruned].sum() / weights.sum())
+
+    def _check_finite(self, largest: float) -> None:
+        if not np.isfinite(largest):
+            raise SCAPError(
+                f"layer {self.name}: its input activations contain NaN or infinite values on the calibration data; "
+                "check the model in this precision, or exclude the layer"
+            )
 
     def _mode(
         self, method: Mode, sparsity: float, values: "NDArray[np.float32]", weights: "NDArray[np.float64]"

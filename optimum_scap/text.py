@@ -1,7 +1,7 @@
 """Calibration and evaluation text from local files, cut into windows of tokens."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,20 +97,30 @@ def token_windows(
     Raises:
         SCAPError: if the file cannot be read, is empty, or holds less than one window.
     """
+    return cut_into_windows(read_documents(path), tokenizer, num_samples, seq_len, f"dataset file {path}")
+
+
+def cut_into_windows(
+    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", num_samples: int, seq_len: int, source: str
+) -> list[dict[str, list[int]]]:
+    """`num_samples` windows of `seq_len` tokens, spread evenly over the first `documents`; see `token_windows`.
+
+    `source` says in error messages where the documents are from.
+    """
     wanted = num_samples * seq_len * _CHARACTERS_PER_TOKEN
     pieces: list[str] = []
     length = 0
-    for document in read_documents(path):
+    for document in documents:
         pieces.append(document[: wanted - length])
         length += len(pieces[-1]) + 2
         if length >= wanted:
             break
     if not pieces:
-        raise SCAPError(f"dataset file {path} is empty: it holds no text")
+        raise SCAPError(f"{source} is empty: it holds no text")
     windows = _windows("\n\n".join(pieces), tokenizer, seq_len)
     if not windows:
         raise SCAPError(
-            f"dataset file {path} is too short: it holds less than one sample of {seq_len} tokens; give more text or "
+            f"{source} is too short: it holds less than one sample of {seq_len} tokens; give more text or "
             "ask for shorter samples"
         )
     count = min(num_samples, len(windows))

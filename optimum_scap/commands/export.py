@@ -4,9 +4,10 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+from ..config import SCAPConfig
 from .errors import errors_for_humans
-from .flags import add_scap_flags, check_no_flags, config_from_flags
-from .staging import check_output, staged_output
+from .flags import add_scap_flags, check_scap_is_given, what_to_apply
+from .staging import check_output, check_output_is_not_model, staged_output
 
 
 def extend_openvino_export() -> None:
@@ -32,12 +33,12 @@ def extend_openvino_export() -> None:
         )
 
     def run_with_scap(command: Any) -> None:
-        with_scap = getattr(command.args, "scap", None) is not None
+        with_scap = any(getattr(command.args, name, None) is not None for name in ("scap", "scap_parameters"))
         if with_scap:
             _export_sparse(command, run)
             return
         with errors_for_humans("optimum-cli export openvino"):
-            check_no_flags(command.args)
+            check_scap_is_given(command.args)
         run(command)
 
     OVExportCommand.parse_args = staticmethod(parse_args_with_scap)
@@ -48,24 +49,27 @@ def extend_openvino_export() -> None:
 def _export_sparse(command: Any, export: Any) -> None:
     args = command.args
     with errors_for_humans("optimum-cli export openvino"):
-        config = config_from_flags(args)
+        what = what_to_apply(args)
         output = Path(args.output)
         check_output(output)
+        check_output_is_not_model(output, args.model)
 
         # Imports torch and openvino: only once the cheap checks have passed.
         from ..openvino.dataset import check_dataset_name
-        from ..openvino.folder import fuse_folder, infer_task, sparsify_folder
+        from ..openvino.folder import fuse_folder, sparsify_folder
+        from ..tasks import infer_task
 
-        check_dataset_name(config.dataset)
+        if isinstance(what, SCAPConfig):
+            check_dataset_name(what.dataset)
         if args.task == "auto" and Path(args.model).is_dir():
-            args.task = infer_task(Path(args.model), args.trust_remote_code)
+            args.task = infer_task(args.model, args.trust_remote_code)
         with staged_output(output) as staging:
             args.output = staging
             export(command)
             sparsify_folder(
                 staging,
                 staging,
-                config,
+                what,
                 task=args.task,
                 library=args.library,
                 trust_remote_code=args.trust_remote_code,

@@ -1,10 +1,11 @@
 """The --scap flags, shared by every command that calibrates, and the SCAPConfig they make."""
 
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from typing import Any
+from typing import Any, get_args
 
-from ..config import MODES, SCAPConfig
+from ..config import MODES, ApplyTo, SCAPConfig
 from ..errors import SCAPError
+from ..parameters import SCAPParameters, load_parameters
 from ..roles import ROLES
 
 
@@ -15,13 +16,21 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
         "SCAP (activation sparsity)",
         "Prune the input activations of fully connected layers by calibrated thresholds (arXiv 2412.07174).",
     )
-    group.add_argument(
+    what = group.add_mutually_exclusive_group(required=required)
+    what.add_argument(
         "--scap",
         metavar="SPEC",
-        required=required,
         help=(
             "What to prune: a sparsity for all FFN layers (0.5), pairs (up=0.35,gate=0.35,down=0.55), or triplets "
             f"role,mode,sparsity (up,zero,0.35,down,kde,0.55). Roles: {', '.join(ROLES)}."
+        ),
+    )
+    what.add_argument(
+        "--scap-parameters",
+        metavar="FILE",
+        help=(
+            "Instead of --scap: apply the modes and thresholds in this file without calibration (JSON as scap info "
+            "--json writes it, or the reference implementation's calibrated_thresholds.json)."
         ),
     )
     group.add_argument(
@@ -62,6 +71,36 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
     return group
 
 
+def add_apply_to_flag(group: _ArgumentGroup) -> None:
+    """Adds --scap-apply-to, which only PyTorch checkpoints know."""
+    group.add_argument(
+        "--scap-apply-to",
+        choices=get_args(ApplyTo),
+        help=(
+            "all: every forward is sparse; decode: forwards over several tokens (prefill) stay dense. "
+            f"Default: {SCAPConfig.model_fields['apply_to'].default}."
+        ),
+    )
+
+
+def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
+    """The SCAPConfig that the flags describe, or the parameters in the file that --scap-parameters names.
+
+    Raises:
+        SCAPError: naming the flag, the file or the field that is wrong.
+    """
+    if getattr(args, "scap_parameters", None) is None:
+        return config_from_flags(args)
+    check_no_flags(
+        args, "--scap-parameters, which calibrates nothing", ("scap_parameters", "scap_apply_to", "scap_fused")
+    )
+    parameters = load_parameters(args.scap_parameters)
+    if getattr(args, "scap_apply_to", None) is None:
+        return parameters
+    config = parameters.config.model_copy(update={"apply_to": args.scap_apply_to})
+    return parameters.model_copy(update={"config": config})
+
+
 def config_from_flags(args: Namespace) -> SCAPConfig:
     """The SCAPConfig that the flags describe.
 
@@ -73,6 +112,7 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         "num_samples": args.scap_num_samples,
         "seq_len": args.scap_seq_len,
         "exclude": tuple(args.scap_exclude) if args.scap_exclude else None,
+        "apply_to": getattr(args, "scap_apply_to", None),
     }
     try:
         return SCAPConfig.from_spec(
@@ -82,12 +122,29 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         raise SCAPError(f"--scap: {error}") from error
 
 
-def check_no_flags(args: Namespace) -> None:
+def check_scap_is_given(args: Namespace) -> None:
     """Checks that no --scap-* flag was given without --scap itself.
 
     Raises:
         SCAPError: naming the flag.
     """
-    for name, value in vars(args).items():
-        if name.startswith("scap_") and value not in (None, False):
-            raise SCAPError(f"--{name.replace('_', '-')} needs --scap, which says what to prune")
+    for flag in _given(args):
+        raise SCAPError(f"{flag} needs --scap, which says what to prune")
+
+
+def check_no_flags(args: Namespace, reason: str, allowed: tuple[str, ...]) -> None:
+    """Checks that no --scap-* flag but those `allowed` (attributes of `args`) was given together with `reason`.
+
+    Raises:
+        SCAPError: naming the flag.
+    """
+    for flag in _given(args, allowed):
+        raise SCAPError(f"{flag} cannot be used with {reason}")
+
+
+def _given(args: Namespace, without: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if name.startswith("scap_") and name not in without and value not in (None, False)
+    ]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..config import SCAPConfig
+from ..parameters import SCAPParameters
 from .errors import errors_for_humans
 from .export import print_fused
-from .flags import add_scap_flags, config_from_flags
-from .staging import check_output, staged_output
+from .flags import add_scap_flags, what_to_apply
+from .staging import check_output, check_output_is_not_model, staged_output
 
 
 class SCAPApplyCommand(BaseOptimumCLICommand):
@@ -29,22 +31,21 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli scap apply"):
-            config = config_from_flags(args)
+            what = what_to_apply(args)
             check_output(args.output)
 
-            from ..errors import SCAPError
             from ..openvino.dataset import check_dataset_name
             from ..openvino.folder import check_folder, sparsify_folder
 
             check_folder(args.model)
-            if args.output.resolve() == args.model.resolve():
-                raise SCAPError(f"output folder {args.output} is the model folder itself; choose another")
-            check_dataset_name(config.dataset)
+            check_output_is_not_model(args.output, args.model)
+            if isinstance(what, SCAPConfig):
+                check_dataset_name(what.dataset)
             with staged_output(args.output) as staging:
                 sparsify_folder(
                     args.model,
                     staging,
-                    config,
+                    what,
                     task=args.task,
                     library=args.library,
                     trust_remote_code=args.trust_remote_code,
@@ -57,14 +58,32 @@ class SCAPInfoCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.add_argument("model", type=Path, help="Folder of a sparse model.")
+        parser.add_argument("model", type=Path, help="Folder of a sparse model, OpenVINO or PyTorch.")
+        parser.add_argument("--json", type=Path, help="Also write the parameters to this file, for --scap-parameters.")
 
     def run(self) -> None:
+        args = self.args
         with errors_for_humans("optimum-cli scap info"):
-            from ..openvino.folder import read_folder_parameters
+            from ..parameters import merge_parameters, save_parameters
             from .tables import print_parameters
 
-            print_parameters(self.args.model, read_folder_parameters(self.args.model))
+            found = _read_folder_parameters(args.model)
+            print_parameters(args.model, found)
+            if args.json is not None:
+                save_parameters(merge_parameters(found.values()), args.json)
+
+
+def _read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
+    """The SCAP parameters of a folder by file name, whichever framework it is for."""
+    from ..torch.folder import is_torch_folder
+
+    if is_torch_folder(folder):
+        from ..torch.folder import read_folder_parameters
+
+        return {"config.json": read_folder_parameters(folder)}
+    from ..openvino.folder import read_folder_parameters as read_openvino_parameters
+
+    return read_openvino_parameters(folder)
 
 
 class SCAPFuseCommand(BaseOptimumCLICommand):
@@ -82,12 +101,10 @@ class SCAPFuseCommand(BaseOptimumCLICommand):
         with errors_for_humans("optimum-cli scap fuse"):
             check_output(args.output)
 
-            from ..errors import SCAPError
             from ..openvino.folder import fuse_folder, read_folder_parameters
 
             read_folder_parameters(args.model)
-            if args.output.resolve() == args.model.resolve():
-                raise SCAPError(f"output folder {args.output} is the model folder itself; choose another")
+            check_output_is_not_model(args.output, args.model)
             with staged_output(args.output) as staging:
                 library = fuse_folder(args.model, staging)
         print_fused(args.output, library)

@@ -34,6 +34,21 @@ def check_output(output: Path) -> None:
         raise SCAPError(f"output {output} cannot be created: no permission to write in {parent}")
 
 
+def check_output_is_not_model(output: Path, model: str | Path) -> None:
+    """Checks that `output`, which is replaced as a whole, is neither the model folder nor around it.
+
+    Raises:
+        SCAPError: otherwise.
+    """
+    if not Path(model).exists():
+        return
+    source, target = Path(model).resolve(), output.resolve()
+    if source == target:
+        raise SCAPError(f"output folder {output} is the model folder itself; choose another")
+    if target in source.parents:
+        raise SCAPError(f"output folder {output} holds the model folder {model}; choose another")
+
+
 @contextmanager
 def staged_output(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends well and is removed when not.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration import SCAPParameters
+from ..parameters import SCAPParameters
 
 
 if TYPE_CHECKING:

@@ -81,8 +81,9 @@ def load(folder: Path, fast: bool, **options: Any) -> Any:
     """
     import optimum.intel
 
-    from ..openvino.folder import check_folder, infer_task
+    from ..openvino.folder import check_folder
     from ..openvino.modeling import OVModelForCausalLM
+    from ..tasks import infer_task
 
     check_folder(folder)
     task = infer_task(folder)

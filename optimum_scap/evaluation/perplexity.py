@@ -25,6 +25,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, max_
     import torch
 
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :max_tokens]
+    ids = ids.to(model.device)
     total, count = 0.0, 0
     for start in range(0, ids.shape[1] - 1, window):
         chunk = ids[:, start : start + window]

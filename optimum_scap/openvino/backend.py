@@ -12,8 +12,6 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..calibration import (
-    LayerParameters,
-    SCAPParameters,
     Site,
     Thresholding,
     Visit,
@@ -23,9 +21,11 @@ from ..calibration import (
 )
 from ..config import RoleTarget, SCAPConfig, describe_validation_error
 from ..errors import SCAPError
+from ..parameters import LayerParameters, SCAPParameters
+from ..progress import length, run_over
 from ..roles import ROLES
 from .graph import FullyConnected, find_fully_connected
-from .inference import Runner, model_with_outputs, run_over
+from .inference import Runner, model_with_outputs
 from .threshold_ops import find_threshold_ops, insert_adjustable_ops, insert_threshold_ops, pruned_fractions
 
 
@@ -64,14 +64,43 @@ def sparsify_models(
 
     everything: dict[str, LayerParameters] = {}
     for name, thresholds in found.items():
-        for site, thresholding in thresholds.items():
-            insert_threshold_ops([layers[name][path] for path in site.layers], thresholding)
-        models[name].validate_nodes_and_infer_types()
-        parameters = _parameters(layers[name], thresholds)
-        everything.update(parameters)
-        own = SCAPParameters(version=__version__, config=config, layers=parameters)
-        models[name].set_rt_info(own.model_dump_json(), _RT_INFO)
+        own = _parameters(layers[name], thresholds)
+        everything.update(own)
+        _insert(models[name], layers[name], SCAPParameters(version=__version__, config=config, layers=own))
     return SCAPParameters(version=__version__, config=config, layers=everything)
+
+
+def apply_parameters(models: Mapping[str, ov.Model], parameters: SCAPParameters) -> None:
+    """Inserts the threshold operations for parameters that are known, without calibration, in place.
+
+    Raises:
+        SCAPError: if a model is sparse already or none of them has a layer that `parameters` name; nothing is changed.
+    """
+    layers = check_models(models, parameters.config)
+    missing = [path for path in parameters.layers if not any(path in named for named in layers.values())]
+    if missing:
+        known = next(iter(next(iter(layers.values()))), "none")
+        raise SCAPError(
+            f"layer {missing[0]} does not exist in the model (nor do {len(missing) - 1} others of "
+            f"{len(parameters.layers)}); the model has, for example, {known}"
+        )
+    for name, named in layers.items():
+        own = {path: layer for path, layer in parameters.layers.items() if path in named}
+        if own:
+            _insert(models[name], named, parameters.model_copy(update={"layers": own}))
+
+
+def _insert(model: ov.Model, layers: Mapping[str, FullyConnected], parameters: SCAPParameters) -> None:
+    """Layers that read the same activations with the same mode and threshold share the operations."""
+    shared: dict[tuple[str, int, float, float], list[FullyConnected]] = {}
+    for path, layer in parameters.layers.items():
+        source = layers[path].node.input_value(0)
+        key = (source.get_node().get_name(), source.get_index(), layer.mode, layer.threshold)
+        shared.setdefault(key, []).append(layers[path])
+    for (_, _, mode, threshold), group in shared.items():
+        insert_threshold_ops(group, Thresholding(np.float32(mode), np.float32(threshold)))
+    model.validate_nodes_and_infer_types()
+    model.set_rt_info(parameters.model_dump_json(), _RT_INFO)
 
 
 def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str, dict[str, FullyConnected]]:
@@ -81,8 +110,13 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
         The fully connected layers by module path, per model.
 
     Raises:
-        SCAPError: if a model is sparse already or nothing in any of them matches the config.
+        SCAPError: if a model is sparse already, nothing in any of them matches the config, or the config asks for what
+            an IR cannot express.
     """
+    if config.apply_to != "all":
+        raise SCAPError(
+            f"apply_to {config.apply_to!r} is for PyTorch models; an OpenVINO model prunes every token (all)"
+        )
     for name, model in models.items():
         if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
             raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
@@ -176,7 +210,7 @@ class _Collector:
     def __init__(self, model: ov.Model, sites: list[Site], samples: Iterable[Any]) -> None:
         self._sites = sites
         self._samples = samples
-        self._total = _length(samples)
+        self._total = length(samples)
         clone = model.clone()
         layers = {layer.path: layer for layer in named_layers(clone)}
         parameters, outputs = [], []
@@ -226,10 +260,3 @@ def _scalar_parameter(name: str) -> ov.Node:
 
 def _input_name(index: int, what: str) -> str:
     return f"scap.{index}.{what}"
-
-
-def _length(samples: Iterable[Any]) -> int | None:
-    try:
-        return len(samples)  # type: ignore[arg-type]
-    except TypeError:
-        return None

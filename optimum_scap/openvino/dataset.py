@@ -117,6 +117,27 @@ def _prepare_inputs(model: OVModelForCausalLM, batch: dict[str, Any]) -> dict[st
     return dict(inputs)
 
 
+def named_text_samples(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: SCAPConfig, trust_remote_code: bool
+) -> list[dict[str, Any]]:
+    """Token windows of a text dataset that optimum-intel's helper knows, for a model of any framework.
+
+    Raises:
+        SCAPError: if it cannot be loaded.
+    """
+    return _from_name(_TextInputs(), config, name, tokenizer, trust_remote_code)["model"]
+
+
+class _TextInputs(OVModelForCausalLM):
+    """What the helper needs of a model to prepare text for it: nothing but that inputs are passed on as they are."""
+
+    def __init__(self) -> None:
+        pass
+
+    def prepare_inputs(self, **inputs: Any) -> dict[str, Any]:
+        return inputs
+
+
 def _from_name(
     model: OVBaseModel, config: SCAPConfig, name: str, tokenizer: Any, trust_remote_code: bool
 ) -> dict[str, list[Any]]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import openvino as ov
 
-from ..calibration import SCAPParameters
 from ..config import SCAPConfig
 from ..errors import SCAPError, first_line
+from ..parameters import SCAPParameters, checkpoint_parameters
+from ..tasks import infer_task
 from .backend import read_parameters
+from .threshold_ops import find_threshold_ops
 
 
 def check_folder(folder: Path) -> None:
@@ -43,7 +45,11 @@ def read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
     check_folder(folder)
     found = {}
     for path in model_files(folder):
-        parameters = read_parameters(_read_model(path))
+        model = _read_model(path)
+        parameters = read_parameters(model)
+        if parameters is None and (folder / "config.json").is_file() and find_threshold_ops(model):
+            # exported by optimum-intel from a sparse PyTorch checkpoint, whose config.json came along
+            parameters = checkpoint_parameters(folder)
         if parameters is not None:
             found[str(path.relative_to(folder))] = parameters
     if not found:
@@ -54,7 +60,7 @@ def read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
 def sparsify_folder(
     source: Path,
     output: Path,
-    config: SCAPConfig,
+    config: SCAPConfig | SCAPParameters,
     *,
     task: str = "auto",
     library: str | None = None,
@@ -66,7 +72,7 @@ def sparsify_folder(
     Args:
         source: the exported model.
         output: an empty folder, or `source` itself, which nothing else must be using then.
-        config: what to prune and how to calibrate.
+        config: what to prune and how to calibrate, or parameters to apply without calibration.
         task: the task it was exported for; `auto` reads it from the config.
         library: `transformers` unless given.
         trust_remote_code: whether the model may bring code of its own.
@@ -169,34 +175,6 @@ def save_model(model: ov.Model, path: Path, library: Path | None = None) -> None
         raise SCAPError(
             f"the model could not be written to {path.parent}: {first_line(error)} ({free / 2**20:.0f} MiB are free)"
         ) from error
-
-
-def infer_task(folder: Path, trust_remote_code: bool = False) -> str:
-    """The optimum task of the model in `folder`, from the architecture that its config.json names.
-
-    Raises:
-        SCAPError: if there is no usable config.json; the user can then give --task.
-    """
-    import transformers
-    from optimum.exporters.tasks import TasksManager
-    from transformers import AutoConfig
-
-    hint = "give the task with --task"
-    if not (folder / "config.json").is_file():
-        raise SCAPError(f"model folder {folder} has no config.json to tell its task; {hint}")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SCAPError(f"model folder {folder}: config.json cannot be read: {first_line(error)}") from error
-    architectures = getattr(config, "architectures", None) or [""]
-    model_class = getattr(transformers, architectures[0], None)
-    if model_class is None:
-        raise SCAPError(f"model folder {folder}: config.json names no known architecture ({architectures[0]}); {hint}")
-    try:
-        task = TasksManager.infer_task_from_model(model_class)
-    except ValueError as error:
-        raise SCAPError(f"model folder {folder}: no task is known for {architectures[0]}; {hint}") from error
-    return f"{task}-with-past" if task in ("text-generation", "text2text-generation") else task
 
 
 def load_optimum_model(folder: Path, task: str, library: str | None = None, trust_remote_code: bool = False) -> Any:

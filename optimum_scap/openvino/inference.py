@@ -1,15 +1,12 @@
 """Runs an `ov.Model` over calibration samples and hands out values from inside it."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from nncf.definitions import NNCF_DATASET_RESET_STATE_KEY
 from openvino import opset13 as opset
-from rich.console import Console
-from rich.progress import track
 
 from ..errors import SCAPError
 
@@ -81,20 +78,3 @@ class Runner:
             for port in self._compiled.inputs
             if not port.get_names() & (inputs.keys() | self._fixed.keys())
         ]
-
-
-def run_over(
-    samples: Iterable[Any], run: Callable[[Any], Any], total: int | None, description: str, limit: int | None = None
-) -> int:
-    """Calls `run` with each of (the first `limit` of) `samples` behind a progress bar; returns how many there were."""
-    expected = [number for number in (total, limit) if number is not None]
-    count = 0
-    for sample in track(
-        islice(samples, limit),
-        description=description,
-        total=min(expected) if expected else None,
-        console=Console(stderr=True),
-    ):
-        run(sample)
-        count += 1
-    return count

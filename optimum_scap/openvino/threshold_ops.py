@@ -118,10 +118,12 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
     centred = magnitude.input_value(0)
     subtract = centred.get_node()
     mode, source = np.float32(0.0), centred
-    if subtract.get_type_name() == "Subtract" and is_constant(subtract.input_value(1)):
+    # OpenVINO's conversion of a traced model writes x - m as x + (-m).
+    sign = {"Subtract": 1, "Add": -1}.get(subtract.get_type_name())
+    if sign is not None and is_constant(subtract.input_value(1)):
         mode_value = evaluate_constant(subtract.input_value(1))
         if mode_value.size == 1:
-            mode, source = mode_value.reshape(()), subtract.input_value(0)
+            mode, source = sign * mode_value.reshape(()), subtract.input_value(0)
     reads_centred = _same(kept, centred) and fill_value.item() == 0
     reads_source = _same(kept, source) and fill_value.item() == mode
     if not reads_centred and not reads_source:

@@ -231,13 +231,18 @@ def test_every_weight_format_and_quant_mode(
 ) -> None:
     from optimum.intel import OVModelForCausalLM
 
-    output = tmp_path / "out"
-    result = optimum_cli(
-        *("export", "openvino", "-m", smollm2, *flags, "--scap", "0.3", "--scap-mode", "down=median"),
-        *("--scap-dataset", texts[0], "--scap-num-samples", "4", "--scap-seq-len", "64", output),
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(parameters_of(output).layers) == 90
-    tokenizer = AutoTokenizer.from_pretrained(output)
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    scap = ("--scap", "0.3", "--scap-mode", "down=median", "--scap-dataset", texts[0])
+    size = ("--scap-num-samples", "4", "--scap-seq-len", "64")
+    for output, more in ((dense, ("--task", "text-generation-with-past")), (sparse, (*scap, *size))):
+        result = optimum_cli("export", "openvino", "-m", smollm2, *flags, *more, output)
+        assert result.returncode == 0, result.stderr
+    assert len(parameters_of(sparse).layers) == 90
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
     text = texts[1].read_text(encoding="utf-8")
-    assert perplexity(OVModelForCausalLM.from_pretrained(output), tokenizer, text, max_tokens=512) < 60
+    # Some of these formats are hard on a model of this size; what SCAP adds to that is what is tested here.
+    before, after = (
+        perplexity(OVModelForCausalLM.from_pretrained(folder), tokenizer, text, max_tokens=512)
+        for folder in (dense, sparse)
+    )
+    assert 0.9 < after / before < 1.4

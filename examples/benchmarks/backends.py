@@ -1,0 +1,161 @@
+"""Do both backends say the same? Thresholds, logits and perplexity of PyTorch and of OpenVINO, and all against decode.
+
+1. The dense model is calibrated in PyTorch and, exported, in OpenVINO, on the same data: thresholds and perplexity.
+2. The sparse PyTorch checkpoint is exported to OpenVINO with its thresholds: logits, token by token, and perplexity.
+3. Pruning every forward against pruning one-token forwards only: perplexity of continuations whose prompt is read at
+   once and whose tokens are then fed one by one.
+
+All in f32 on the CPU; prints tables, writes JSON with --json.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+from optimum.intel import OVModelForCausalLM
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.evaluation.perplexity import perplexity, token_samples
+from optimum_scap.openvino.backend import read_parameters as read_openvino_parameters
+from optimum_scap.openvino.inference import EXACT
+from optimum_scap.torch.backend import pruned_layers, read_parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="Hugging Face model folder")
+    parser.add_argument("calibration", type=Path, help="text file to calibrate on")
+    parser.add_argument("evaluation", type=Path, help="text file to evaluate on")
+    parser.add_argument("--scap", default="up=0.35,gate=0.35,down=0.55")
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=6144)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = arguments.evaluation.read_text(encoding="utf-8")
+    config = SCAPConfig.from_spec(arguments.scap, num_samples=arguments.num_samples, seq_len=arguments.seq_len)
+    torch_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    sparsify_activations(torch_model, config, arguments.calibration)
+    result: dict[str, Any] = {"machine": describe_machine(), "scap": arguments.scap, "tokens": arguments.max_tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        calibrated = _export(arguments.model, Path(folder) / "dense")
+        sparsify_activations(calibrated, config, arguments.calibration, tokenizer=tokenizer)
+        torch_model.save_pretrained(Path(folder) / "torch")
+        tokenizer.save_pretrained(Path(folder) / "torch")
+        exported = _export(Path(folder) / "torch", Path(folder) / "sparse")
+        result["thresholds"] = _compare_thresholds(torch_model, calibrated)
+        result["logits"] = _compare_logits(torch_model, exported, tokenizer, text, arguments.max_tokens)
+        models = {
+            "calibrated and run in PyTorch": torch_model,
+            "calibrated and run in OpenVINO": calibrated,
+            "calibrated in PyTorch, exported to OpenVINO": exported,
+        }
+        result["perplexity"] = {
+            name: perplexity(model, tokenizer, text, max_tokens=arguments.max_tokens) for name, model in models.items()
+        }
+    result["continuations"] = _all_against_decode(torch_model, tokenizer, text, arguments.max_tokens)
+    _print(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _export(model: Path, output: Path) -> OVModelForCausalLM:
+    script = str(Path(sys.executable).with_name("optimum-cli"))
+    flags = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
+    subprocess.run(
+        [script, "export", "openvino", "-m", str(model), *flags, str(output)], check=True, capture_output=True
+    )
+    return OVModelForCausalLM.from_pretrained(output, compile=False, ov_config=dict(EXACT))
+
+
+def _compare_thresholds(torch_model: Any, openvino_model: OVModelForCausalLM) -> dict[str, float]:
+    ours, theirs = read_parameters(torch_model), read_openvino_parameters(openvino_model.model)
+    assert ours is not None and theirs is not None and ours.layers.keys() == theirs.layers.keys()
+    differences = [abs(layer.threshold / theirs.layers[path].threshold - 1) for path, layer in ours.layers.items()]
+    return {"layers": len(differences), "median": statistics.median(differences), "largest": max(differences)}
+
+
+def _compare_logits(
+    torch_model: Any, openvino_model: OVModelForCausalLM, tokenizer: Any, text: str, max_tokens: int
+) -> dict[str, float]:
+    """Relative differences per token; and until where a window is the same, before a first activation flips."""
+    differences, agreed = [], []
+    for sample in token_samples(tokenizer, text, window=512, max_tokens=max_tokens):
+        ids = torch.from_numpy(sample)
+        with torch.no_grad():
+            ours = torch_model(ids).logits[0]
+        theirs = torch.as_tensor(openvino_model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)[0]
+        difference = ((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).tolist()
+        differences += difference
+        agreed.append(next((i for i, value in enumerate(difference) if value > 1e-2), len(difference)))
+    return {
+        "median": statistics.median(differences),
+        "largest": max(differences),
+        "within 1e-2": sum(value <= 1e-2 for value in differences) / len(differences),
+        "first token of a window, largest": max(differences[::512]),
+        "tokens until the first difference above 1e-2, median": statistics.median(agreed),
+    }
+
+
+def _all_against_decode(model: Any, tokenizer: Any, text: str, max_tokens: int) -> dict[str, float]:
+    """Perplexity of the second half of every window: the first half is read at once, the second token by token."""
+
+    def set_apply_to(value: str) -> None:
+        for module in pruned_layers(model).values():
+            module.scap_apply_to = value
+
+    values = {}
+    windows = [
+        torch.from_numpy(ids)
+        for ids in token_samples(tokenizer, text, window=512, max_tokens=max_tokens)
+        if ids.shape[1] == 512
+    ]
+    for name in ("all", "decode"):
+        set_apply_to(name)
+        losses = [_continuation_loss(model, ids) for ids in windows]
+        values[name] = math.exp(statistics.fmean(losses))
+    thresholds = {path: module.scap_threshold for path, module in pruned_layers(model).items()}
+    for module in pruned_layers(model).values():
+        module.scap_threshold = -1.0
+    values["dense"] = math.exp(statistics.fmean(_continuation_loss(model, ids) for ids in windows))
+    for path, module in pruned_layers(model).items():
+        module.scap_threshold = thresholds[path]
+    set_apply_to("all")
+    return values
+
+
+@torch.no_grad()
+def _continuation_loss(model: Any, ids: torch.Tensor) -> float:
+    half = ids.shape[1] // 2
+    output = model(ids[:, :half], use_cache=True)
+    losses = []
+    for position in range(half, ids.shape[1]):
+        losses.append(float(torch.nn.functional.cross_entropy(output.logits[:, -1], ids[:, position])))
+        output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+    return statistics.fmean(losses)
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console(width=120)
+    for name in ("thresholds", "logits", "perplexity", "continuations"):
+        table = Table(name, "")
+        for key, value in result[name].items():
+            table.add_row(key, f"{value:.4g}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

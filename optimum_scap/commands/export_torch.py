@@ -1,0 +1,60 @@
+"""`optimum-cli export torch --scap`: a sparse PyTorch checkpoint that AutoModelFor... loads."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from ..config import SCAPConfig
+from .errors import errors_for_humans
+from .flags import add_apply_to_flag, add_scap_flags, what_to_apply
+from .staging import check_output, check_output_is_not_model, staged_output
+
+
+class TorchExportCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="torch", help="Write a PyTorch checkpoint with SCAP activation sparsity.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("-m", "--model", required=True, help="Folder or hub id of the transformers model.")
+        parser.add_argument("output", type=Path, help="Folder to write the sparse checkpoint to.")
+        parser.add_argument("--task", default="auto", help="Task of the model; by default taken from its config.json.")
+        parser.add_argument(
+            "--dtype",
+            default="auto",
+            choices=("auto", "float32", "float16", "bfloat16"),
+            help="Data type of the weights. Default: that of the checkpoint.",
+        )
+        parser.add_argument("--device", default="auto", help="Where to calibrate, e.g. cpu or cuda:0. Default: auto.")
+        parser.add_argument("--cache_dir", default=None, help="Where downloaded models are cached.")
+        parser.add_argument("--revision", default=None, help="Revision of a model on the hub.")
+        parser.add_argument(
+            "--trust-remote-code", action="store_true", help="Allow code that the model brings with it."
+        )
+        add_apply_to_flag(add_scap_flags(parser, required=True))
+
+    def run(self) -> None:
+        args = self.args
+        with errors_for_humans("optimum-cli export torch"):
+            what = what_to_apply(args)
+            check_output(args.output)
+            check_output_is_not_model(args.output, args.model)
+
+            from ..torch.dataset import check_dataset_name
+            from ..torch.folder import export_checkpoint
+
+            if isinstance(what, SCAPConfig):
+                check_dataset_name(what.dataset)
+            given = {"cache_dir": args.cache_dir, "revision": args.revision}
+            with staged_output(args.output) as staging:
+                export_checkpoint(
+                    args.model,
+                    staging,
+                    what,
+                    task=args.task,
+                    dtype=args.dtype,
+                    device=args.device,
+                    trust_remote_code=args.trust_remote_code,
+                    options={name: value for name, value in given.items() if value is not None},
+                )
+        print(f"SCAP model written to {args.output}")

@@ -1,0 +1,324 @@
+"""SCAP on a torch model: statistics through forward hooks, then the layers' own classes changed in place."""
+
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..calibration import KEEP_ALL, Site, Thresholding, Visit, calibrate, check_patterns, select_targets
+from ..config import RoleTarget, SCAPConfig
+from ..errors import SCAPError
+from ..parameters import LayerParameters, SCAPParameters
+from ..progress import length, run_over
+from ..roles import ROLES, find_role
+from .layers import convert, is_fully_connected, is_pruned, prune
+from .statistics import TorchActivationStatistics
+
+
+logger = logging.getLogger(__name__)
+
+
+def sparsify_model(model: nn.Module, config: SCAPConfig, samples: Iterable[Any]) -> SCAPParameters:
+    """Calibrates SCAP on a torch model and makes its layers prune their inputs, in place.
+
+    Args:
+        model: any module, on any device or several of them, offloaded by accelerate or not, in any float dtype.
+        config: what to prune.
+        samples: model inputs (dicts of keyword arguments, tuples, or single tensors); iterated several times.
+
+    Returns:
+        The parameters of all pruned layers. `model` is as it was if anything fails before calibration is complete.
+
+    Raises:
+        SCAPError: if the model is sparse already, nothing matches the config, or calibration is impossible.
+    """
+    layers = check_model(model, config)
+    targets = select_targets([(path, find_role(path)) for path in layers], config)
+    runner = _Runner(model, {path: layers[path] for path in targets}, samples)
+    sites = runner.find_sites(targets)
+    thresholds = calibrate(sites, runner, config.seed, TorchActivationStatistics)
+    by_path = {path: (site.target, thresholds[site.key]) for site in sites for path in site.layers}
+    found: dict[str, LayerParameters] = {}
+    for path in targets:
+        role = find_role(path)
+        assert role is not None  # select_targets takes layers of known roles only
+        target, thresholding = by_path[path]
+        found[path] = LayerParameters(
+            role=role,
+            method=target.mode,
+            target_sparsity=target.sparsity,
+            mode=float(thresholding.mode),
+            threshold=float(thresholding.threshold),
+        )
+    parameters = SCAPParameters(version=__version__, config=config, layers=found)
+    apply_parameters(model, parameters)
+    return parameters
+
+
+def apply_parameters(model: nn.Module, parameters: SCAPParameters) -> None:
+    """Makes the layers of `model` prune their inputs by parameters that are known, without calibration.
+
+    Raises:
+        SCAPError: naming the layer that the model does not have or that cannot be pruned; the model is untouched then.
+    """
+    if pruned_layers(model):
+        raise SCAPError("the model is sparse already; start from the model without SCAP")
+    modules = {path: _find_module(model, path) for path in parameters.layers}
+    for path, module in modules.items():
+        if not is_fully_connected(module):
+            raise SCAPError(
+                f"layer {path} cannot be pruned: it is a {type(module).__name__}, not a fully connected layer with "
+                "floating-point weights"
+            )
+    for path, module in modules.items():
+        convert(module, parameters.layers[path], parameters.config.apply_to)
+    _attach(model, parameters)
+
+
+def read_parameters(model: nn.Module) -> SCAPParameters | None:
+    """The SCAP parameters that `model` carries, None if it is dense."""
+    found = getattr(model, "_scap_parameters", None)
+    return found if isinstance(found, SCAPParameters) else None
+
+
+def pruned_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that prune their inputs, by module path."""
+    return {path: module for path, module in model.named_modules() if is_pruned(module)}
+
+
+def check_model(model: nn.Module, config: SCAPConfig) -> dict[str, nn.Module]:
+    """Checks, before any calibration data is made, that `config` can be applied to `model`.
+
+    Returns:
+        The fully connected layers by module path.
+
+    Raises:
+        SCAPError: if the model is sparse already or nothing in it matches the config.
+    """
+    if pruned_layers(model):
+        raise SCAPError("the model is sparse already; start from the model without SCAP")
+    layers = {path: module for path, module in model.named_modules() if is_fully_connected(module)}
+    if not layers:
+        raise SCAPError(
+            "the model has no fully connected layer with floating-point weights to prune; quantized PyTorch models "
+            "are not supported yet"
+        )
+    check_patterns(layers, config)
+    roles = {path: find_role(path) for path in layers}
+    present = set(roles.values())
+    if not select_targets(roles.items(), config):
+        raise SCAPError(
+            f"no fully connected layer is left to prune: the targets name {', '.join(config.targets)}, the model has "
+            f"{', '.join(role for role in ROLES if role in present) or 'no layer of a known role'}"
+        )
+    for role in config.targets:
+        if role not in present:
+            logger.info("the model has no layer of role %s", role)
+    return layers
+
+
+def measure_sparsity(model: nn.Module, samples: Iterable[Any]) -> dict[str, float]:
+    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path."""
+    layers = pruned_layers(model)
+    totals = {path: [0.0, 0] for path in layers}
+    runner = _Runner(model, layers, samples)
+
+    def count(path: str, module: Any) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = runner.without_padding(inputs[0])
+            pruned = (x.float() - module.scap_mode).abs() <= module.scap_threshold
+            totals[path][0] += float(pruned.sum())
+            totals[path][1] += pruned.numel()
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = [count(path, module) for path, module in layers.items()]
+    try:
+        with runner.inference():
+            run_over(samples, runner.forward, length(samples), "Sparsity")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: pruned / max(1, total) for path, (pruned, total) in totals.items()}
+
+
+class _Runner:
+    """Runs the model over the samples with thresholds in force and hands out what enters each site.
+
+    A pruned activation takes the value of the mode, so that no bias has to be folded while the mode is not known.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], samples: Iterable[Any]) -> None:
+        self._model = model
+        self._layers = layers
+        self._samples = samples
+        self._total = length(samples)
+        self._sites: list[Site] = []
+        self._padding: _Padding | None = None
+        self._options = _forward_options(model)
+
+    def find_sites(self, targets: Mapping[str, RoleTarget]) -> list[Site]:
+        """Layers that read the same tensor with the same target share a site, as gate and up do."""
+        seen: list[tuple[weakref.ref[Tensor], RoleTarget, list[str]]] = []
+
+        def visit(path: str, x: Tensor) -> None:
+            for reference, target, paths in seen:
+                if reference() is x and target == targets[path]:
+                    if path not in paths:
+                        paths.append(path)
+                    return
+            if not any(path in paths for _, _, paths in seen):
+                seen.append((weakref.ref(x), targets[path], [path]))
+
+        with self.inference(), self._hooks({path: _record(visit, path) for path in self._layers}):
+            first = next(iter(self._samples), None)
+            if first is None:
+                raise SCAPError("the calibration dataset is empty")
+            self.forward(first)
+        reached = {path for _, _, paths in seen for path in paths}
+        for path in self._layers:
+            # Another sample may still reach it; if none does, its statistics say so.
+            if path not in reached:
+                seen.append((weakref.ref(torch.empty(0)), targets[path], [path]))
+        self._sites = [Site(paths[0], tuple(paths), target) for _, target, paths in seen]
+        return self._sites
+
+    def __call__(self, current: dict[str, Thresholding], fraction: float, description: str, visit: Visit) -> None:
+        def prepare(site: Site, path: str) -> Any:
+            thresholding = current[site.key]
+            mode, threshold = float(thresholding.mode), float(thresholding.threshold)
+
+            def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+                if path == site.key:
+                    visit(site.key, self.without_padding(inputs[0]))
+                if thresholding is KEEP_ALL:
+                    return None
+                return (prune(inputs[0], mode, threshold), *inputs[1:])
+
+            return hook
+
+        limit = None if self._total is None else max(1, math.ceil(self._total * fraction))
+        hooks = {path: prepare(site, path) for site in self._sites for path in site.layers}
+        with self.inference(), self._hooks(hooks):
+            if run_over(self._samples, self.forward, self._total, description, limit) == 0:
+                raise SCAPError("the calibration dataset is empty")
+
+    def forward(self, sample: Any) -> None:
+        device = _input_device(self._model)
+        self._padding = _Padding.of(sample)
+        if isinstance(sample, Mapping):
+            options = {name: value for name, value in self._options.items() if name not in sample}
+            self._model(**{name: _to(value, device) for name, value in sample.items()}, **options)
+        elif isinstance(sample, list | tuple):
+            self._model(*[_to(value, device) for value in sample], **self._options)
+        else:
+            self._model(_to(sample, device), **self._options)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        return x if self._padding is None else self._padding.remove_from(x)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients; every module's own mode is restored."""
+        training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            self._padding = None
+
+    @contextmanager
+    def _hooks(self, hooks: Mapping[str, Any]) -> Iterator[None]:
+        handles = [self._layers[path].register_forward_pre_hook(hook) for path, hook in hooks.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Padding:
+    """Which tokens of a sample are padding, as its attention mask says."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._shape = mask.shape
+        # Indices that are made where the mask is, before it moves to a GPU, need no synchronisation.
+        self._kept = mask.reshape(-1).nonzero().squeeze(1)
+
+    @classmethod
+    def of(cls, sample: Any) -> "_Padding | None":
+        mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+            return None
+        return cls(mask)
+
+    def remove_from(self, x: Tensor) -> Tensor:
+        """`[batch, tokens, channels]` or `[batch * tokens, channels]` to `[kept tokens, channels]`."""
+        tokens = self._shape.numel()
+        if x.shape[:-1] not in (self._shape, torch.Size([tokens])):
+            return x
+        self._kept = self._kept.to(x.device, non_blocking=True)
+        return x.reshape(tokens, -1).index_select(0, self._kept)
+
+
+def _record(visit: Any, path: str) -> Any:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        visit(path, inputs[0])
+
+    return hook
+
+
+def _find_module(model: nn.Module, path: str) -> nn.Module:
+    """The module called `path`, also where a head has been added to, or taken from, the model that was calibrated."""
+    prefix = getattr(model, "base_model_prefix", "")
+    candidates = [path]
+    if prefix:
+        candidates.append(path.removeprefix(f"{prefix}.") if path.startswith(f"{prefix}.") else f"{prefix}.{path}")
+    for candidate in candidates:
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise SCAPError(f"layer {path} does not exist in the model, a {type(model).__name__}")
+
+
+def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
+    model._scap_parameters = parameters  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        from .quantizer import attach_quantizer
+
+        attach_quantizer(model, parameters)
+
+
+def _forward_options(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that spare a calibration what it does not need: a cache, and logits of every token."""
+    try:
+        names = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+    options = {"use_cache": False, "logits_to_keep": 1}
+    return {name: value for name, value in options.items() if name in names and hasattr(model, "config")}
+
+
+def _input_device(model: nn.Module) -> torch.device | None:
+    """Where the inputs belong; None where accelerate moves them itself."""
+    if hasattr(model, "_hf_hook"):
+        return None
+    device = next((tensor.device for tensor in model.parameters()), None)
+    return None if device is None or device.type == "meta" else device
+
+
+def _to(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor) and device is not None:
+        return value.to(device, non_blocking=True)
+    return value

@@ -1,0 +1,96 @@
+"""Sparse PyTorch checkpoints: from a model to a folder, and what a folder holds."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..config import SCAPConfig
+from ..errors import SCAPError, first_line
+from ..parameters import SCAPParameters, checkpoint_parameters
+from ..sparsify import sparsify_activations
+from ..tasks import infer_task
+
+
+def is_torch_folder(folder: Path) -> bool:
+    """Whether `folder` holds a PyTorch checkpoint (safetensors weights and a config.json)."""
+    return (folder / "config.json").is_file() and next(folder.glob("*.safetensors"), None) is not None
+
+
+def read_folder_parameters(folder: Path) -> SCAPParameters:
+    """The SCAP parameters of a sparse PyTorch checkpoint.
+
+    Raises:
+        SCAPError: if config.json cannot be read, or the checkpoint is dense.
+    """
+    found = checkpoint_parameters(folder)
+    if found is None:
+        raise SCAPError(f"model folder {folder} holds no SCAP parameters: the model is dense")
+    return found
+
+
+def export_checkpoint(
+    model: str,
+    output: Path,
+    what: SCAPConfig | SCAPParameters,
+    *,
+    task: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
+
+    Args:
+        model: a folder or the id of a model on the hub.
+        output: an empty folder.
+        what: what to prune and how to calibrate, or parameters to apply without calibration.
+        task: the optimum task; `auto` reads it from config.json.
+        dtype: `auto` (the checkpoint's own), `float32`, `float16` or `bfloat16`.
+        device: `auto` (GPUs where there are any, spread by accelerate), or a torch device such as `cpu` or `cuda:0`.
+        trust_remote_code: whether the model may bring code of its own.
+        options: further arguments for from_pretrained, such as revision or cache_dir.
+
+    Raises:
+        SCAPError: if the model cannot be loaded, sparsified or written.
+    """
+    options = {**(options or {}), "trust_remote_code": trust_remote_code}
+    loaded = _load(model, task, dtype, device, options)
+    sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
+    try:
+        loaded.save_pretrained(output)
+    except OSError as error:
+        free = shutil.disk_usage(output).free
+        raise SCAPError(
+            f"the model could not be written to {output}: {first_line(error)} ({free / 2**20:.0f} MiB are free)"
+        ) from error
+    _copy_preprocessors(model, output, trust_remote_code)
+
+
+def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any]) -> Any:
+    import torch
+    from optimum.exporters.tasks import TasksManager
+
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise SCAPError(f"model folder {model} has no config.json: it holds no transformers model")
+    if task == "auto":
+        task = infer_task(model, options["trust_remote_code"])
+    try:
+        model_class = TasksManager.get_model_class_for_task(task.removesuffix("-with-past"), framework="pt")
+    except (KeyError, ValueError) as error:
+        raise SCAPError(f"--task: {first_line(error)}") from error
+    if device == "auto" and torch.cuda.is_available():
+        options = {**options, "device_map": "auto"}
+    elif device != "auto":
+        options = {**options, "device_map": device}
+    try:
+        # Nothing but safetensors is read: other formats can run code while they are opened.
+        return model_class.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise SCAPError(f"model {model} cannot be loaded: {first_line(error)}") from error
+
+
+def _copy_preprocessors(model: str, output: Path, trust_remote_code: bool) -> None:
+    from optimum.utils.save_utils import maybe_save_preprocessors
+
+    maybe_save_preprocessors(model, output, trust_remote_code=trust_remote_code)

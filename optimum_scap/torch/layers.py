@@ -1,0 +1,245 @@
+"""Fully connected layers whose input activations are pruned.
+
+    keep_i = |x_i - m| > t                      compared in float32, strictly greater; NaN is kept
+    y      = sum over kept i of (x_i - m) W[:, i]  +  b + m * W·1
+           = W · where(keep, x, m)  +  b
+
+(SCAP, arXiv 2412.07174, section 3). The first form reads only the weights of kept channels and serves forwards of up
+to `MAX_SPARSE_ROWS` tokens; the second is an ordinary matrix product behind an elementwise operation and serves the
+rest.
+"""
+
+import logging
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ApplyTo
+from ..errors import SCAPError
+from ..parameters import LayerParameters
+
+
+logger = logging.getLogger(__name__)
+
+MAX_SPARSE_ROWS = 8
+
+
+def keep_mask(x: Tensor, mode: float, threshold: float) -> Tensor:
+    """Which elements of `x` are kept: a bool tensor of the same shape."""
+    return ~((x.float() - mode).abs() <= threshold)
+
+
+def prune(x: Tensor, mode: float, threshold: float) -> Tensor:
+    """`x` with `mode` in place of every element that is pruned. Gradients pass through what is kept."""
+    return torch.where(keep_mask(x, mode, threshold), x, torch.full((), mode, dtype=x.dtype, device=x.device))
+
+
+class _PrunedInput:
+    """What SCAPLinear and SCAPConv1D share. The class of an existing layer becomes theirs, see `convert`.
+
+    The weights keep their name, shape and order of dimensions; in memory they lie input-channel-major, so that the
+    weights of one input channel are contiguous.
+    """
+
+    # nn.Module's part, for type checkers
+    weight: Any
+    bias: Any
+
+    scap_parameters: LayerParameters
+    scap_apply_to: ApplyTo
+    # Plain numbers, which torch.compile reads where it does not read the attributes of `scap_parameters`.
+    scap_mode: float
+    scap_threshold: float
+    scap_folded_bias: Tensor | None
+    _scap_folded_versions: tuple[int, ...]
+
+    def output_major_weight(self) -> Tensor:
+        """The weights as nn.Linear has them, `[out_features, in_features]`, not necessarily contiguous."""
+        raise NotImplementedError
+
+    def store_input_major(self, weight: Tensor) -> None:
+        """Takes `weight` `[in_features, out_features]` over as the memory of the parameter."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Brings the weights into input-channel-major order and folds the mode into the bias.
+
+        Called again whenever weights are loaded, moved or converted; without effect on weights that are not there (on
+        the meta device until a checkpoint is loaded, or offloaded).
+        """
+        weight = self.output_major_weight()
+        if weight.is_meta:
+            self.scap_folded_bias = None
+            return
+        with torch.no_grad():
+            if not _is_input_major(weight):
+                self.store_input_major(weight.t().contiguous())
+                weight = self.output_major_weight()
+            if self.scap_mode == 0.0:
+                self.scap_folded_bias = None
+            else:
+                folded = self.scap_mode * weight.sum(dim=1, dtype=torch.float32)
+                self.scap_folded_bias = folded if self.bias is None else folded + self.bias.float()
+                self._scap_folded_versions = self._versions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        weight = self.output_major_weight()
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return self._forward_in_exported_form(x, weight)
+        if self.scap_apply_to == "decode" and not _is_one_token(x):
+            return F.linear(x, weight, self.bias)
+        if self._runs_sparse(x, weight):
+            from .kernels import sparse_linear
+
+            bias = self.bias if self.scap_mode == 0.0 else self.scap_folded_bias
+            return sparse_linear(x, weight, bias, threshold=self.scap_threshold, mode=self.scap_mode)
+        return F.linear(prune(x, self.scap_mode, self.scap_threshold), weight, self.bias)
+
+    def _runs_sparse(self, x: Tensor, weight: Tensor) -> bool:
+        rows = x.numel() // x.shape[-1]
+        if rows == 0 or rows > MAX_SPARSE_ROWS or x.dtype != weight.dtype or not _is_input_major(weight):
+            return False
+        if self.scap_mode != 0.0:
+            if self.scap_folded_bias is None:
+                return False
+            if not torch.compiler.is_compiling() and self._scap_folded_versions != self._versions():
+                self.prepare()
+        if torch.compiler.is_exporting():
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+    def _forward_in_exported_form(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operations that an exported OpenVINO IR holds: Abs -> LessEqual -> Select, the mode in the bias."""
+        centred = x if self.scap_mode == 0.0 else x - self.scap_mode
+        pruned = torch.where(centred.abs() <= self.scap_threshold, torch.zeros((), dtype=x.dtype), centred)
+        if self.scap_mode == 0.0:
+            return F.linear(pruned, weight, self.bias)
+        assert self.scap_folded_bias is not None
+        return F.linear(pruned, weight) + self.scap_folded_bias.to(x.dtype)
+
+    def _versions(self) -> tuple[int, ...]:
+        """Changes whenever the weights or the bias are changed in place, as an optimizer does."""
+        values = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return tuple(0 if value.is_inference() else value._version for value in values)
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module's; also folds the mode anew, for weights that were changed through `.data` (a merged LoRA)."""
+        result = super().train(mode)  # type: ignore[misc]
+        if self.scap_mode != 0.0:
+            self.prepare()
+        return result
+
+    def extra_repr(self) -> str:
+        parameters = self.scap_parameters
+        return (
+            f"{super().extra_repr()}, role={parameters.role}, mode={parameters.mode:.4g}, "  # type: ignore[misc]
+            f"threshold={parameters.threshold:.4g}, target_sparsity={parameters.target_sparsity:.3g}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        self.prepare()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.prepare()
+
+
+class SCAPLinear(_PrunedInput, nn.Linear):
+    """nn.Linear with pruned input activations; made by `convert`."""
+
+    def output_major_weight(self) -> Tensor:
+        return self.weight
+
+    def store_input_major(self, weight: Tensor) -> None:
+        self.weight.data = weight.t()
+
+
+def _conv1d_class() -> type[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+_scap_conv1d: type[nn.Module] | None = None
+
+
+def scap_conv1d_class() -> type[nn.Module]:
+    """The pruned counterpart of transformers' Conv1D (GPT-2), whose weights are `[in_features, out_features]`."""
+    global _scap_conv1d
+    if _scap_conv1d is None:
+
+        class SCAPConv1D(_PrunedInput, _conv1d_class()):  # type: ignore[misc]
+            """Conv1D with pruned input activations; made by `convert`."""
+
+            def output_major_weight(self) -> Tensor:
+                return self.weight.t()
+
+            def store_input_major(self, weight: Tensor) -> None:
+                self.weight.data = weight
+
+        _scap_conv1d = SCAPConv1D
+    return _scap_conv1d
+
+
+def is_fully_connected(module: nn.Module) -> bool:
+    """Whether `module` is a layer that can be pruned: nn.Linear or Conv1D with floating-point weights of its own."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    # nn.MultiheadAttention reads the weights of its output projection past the module's forward.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and isinstance(module, _conv1d_class())
+
+
+def in_features(module: nn.Module) -> int:
+    """Number of input channels of a fully connected layer."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+
+
+def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -> None:
+    """Makes a fully connected layer prune its input activations, in place.
+
+    The module stays the same object, with its parameters, hooks (accelerate's offloading among them) and place in the
+    model; only its class changes.
+
+    Raises:
+        SCAPError: if `module` is no layer that can be pruned, or is pruned already.
+    """
+    if isinstance(module, _PrunedInput):
+        raise SCAPError("the layer is pruned already")
+    if not is_fully_connected(module):
+        raise SCAPError(f"a {type(module).__name__} with these weights cannot be pruned")
+    cls: Any = SCAPLinear if isinstance(module, nn.Linear) else scap_conv1d_class()
+    module.__class__ = cls
+    module.scap_parameters = parameters  # type: ignore[assignment]
+    module.scap_apply_to = apply_to  # type: ignore[assignment]
+    module.scap_mode = parameters.mode  # type: ignore[assignment]
+    module.scap_threshold = parameters.threshold  # type: ignore[assignment]
+    module.register_buffer("scap_folded_bias", None, persistent=False)
+    if hasattr(module, "_old_forward"):  # accelerate calls what it found when its hook was added
+        module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[assignment]
+    module.prepare()  # type: ignore[operator]
+
+
+def is_pruned(module: nn.Module) -> bool:
+    """Whether `convert` was called on `module`."""
+    return isinstance(module, _PrunedInput)
+
+
+def _is_input_major(weight: Tensor) -> bool:
+    """Whether the weights `[out, in]` of each input channel are contiguous."""
+    out_features, channels = weight.shape
+    return (out_features == 1 or weight.stride(0) == 1) and (channels == 1 or weight.stride(1) >= out_features)
+
+
+def _is_one_token(x: Tensor) -> bool:
+    """Whether `x` `[..., tokens, channels]` holds one token per sequence."""
+    return x.dim() < 2 or x.shape[-2] == 1

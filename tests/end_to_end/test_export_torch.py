@@ -1,0 +1,257 @@
+"""From a model to a sparse PyTorch checkpoint by one command, and the checkpoint in fresh processes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import optimum_cli
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_scap import SCAPConfig, load_parameters, sparsify_activations
+from optimum_scap.text import token_windows
+from optimum_scap.torch.backend import measure_sparsity, pruned_layers
+
+
+SMALL = ("--scap-num-samples", "8", "--scap-seq-len", "128", "--device", "cpu", "--dtype", "float32")
+
+LOGITS = """
+import sys
+import torch, safetensors.torch
+{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.arange(100, 140)[None]
+with torch.no_grad():
+    logits = {{"many": model(ids).logits, "one": model(ids[:, :1]).logits}}
+safetensors.torch.save_file(logits, sys.argv[2])
+"""
+
+PIPELINE = """
+import sys
+import optimum_scap
+from transformers import pipeline
+generate = pipeline("text-generation", model=sys.argv[1])
+print(generate("The Eiffel Tower is in", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+"""
+
+
+@pytest.fixture(scope="module")
+def sparse_torch(smollm2: Path, texts: tuple[Path, Path], workspace: Path) -> Path:
+    output = workspace / "sparse-torch"
+    spec = ("--scap", "up=0.35,gate=0.35,down=0.55", "--scap-mode", "down=median", "--scap-dataset", texts[0])
+    result = optimum_cli("export", "torch", "-m", smollm2, *spec, *SMALL, output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fresh_logits(folder: Path, output: Path, imports: str = "import optimum_scap") -> dict[str, torch.Tensor]:
+    run(LOGITS.format(imports=imports), folder, output)
+    with safe_open(output, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_every_layer_realises_its_target(sparse_torch: Path, texts: tuple[Path, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(sparse_torch)
+    tokenizer = AutoTokenizer.from_pretrained(sparse_torch)
+    assert len(pruned_layers(model)) == 90
+    windows = token_windows(texts[0], tokenizer, 8, 128)
+    realised = measure_sparsity(model, [{"input_ids": torch.tensor([window["input_ids"]])} for window in windows])
+    for path, module in pruned_layers(model).items():
+        assert realised[path] == pytest.approx(module.scap_parameters.target_sparsity, abs=0.01), path
+
+
+def test_fresh_processes_agree_to_the_bit(
+    sparse_torch: Path, smollm2: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    before_import = fresh_logits(sparse_torch, tmp_path / "a.safetensors")
+    after_import = fresh_logits(
+        sparse_torch, tmp_path / "b.safetensors", "from transformers import AutoModelForCausalLM\nimport optimum_scap"
+    )
+    dense_model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    sparsify_activations(dense_model, load_parameters_of(sparse_torch, tmp_path))
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        expected = {"many": dense_model(ids).logits, "one": dense_model(ids[:, :1]).logits}
+    for name, logits in expected.items():
+        assert torch.equal(before_import[name], logits) and torch.equal(after_import[name], logits)
+
+
+def load_parameters_of(folder: Path, tmp_path: Path):
+    result = optimum_cli("scap", "info", folder, "--json", tmp_path / "parameters.json")
+    assert result.returncode == 0, result.stderr
+    assert "90 layers" in result.stdout and result.stdout.count("mlp.down_proj") == 30
+    return load_parameters(tmp_path / "parameters.json")
+
+
+def test_the_dense_model_is_still_in_there(sparse_torch: Path, smollm2: Path, tmp_path: Path) -> None:
+    """A loader that knows nothing of SCAP gets the dense model; what SCAP adds is a few kilobytes of config.json."""
+    found = fresh_logits(sparse_torch, tmp_path / "a.safetensors", "")
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(torch.arange(100, 140)[None]).logits
+    assert torch.equal(found["many"], dense)
+    with (
+        safe_open(sparse_torch / "model.safetensors", "pt") as ours,
+        safe_open(smollm2 / "model.safetensors", "pt") as theirs,
+    ):
+        assert sorted(ours.keys()) == sorted(theirs.keys())
+        for name in ours.keys():  # noqa: SIM118
+            assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
+    assert (sparse_torch / "config.json").stat().st_size < 32 * 1024
+
+
+def test_pipelines(sparse_torch: Path) -> None:
+    assert "The Eiffel Tower is in Paris" in run(PIPELINE, sparse_torch)
+
+
+def test_parameters_from_a_file_on_either_backend(
+    sparse_torch: Path, smollm2: Path, dense_int8: Path, tmp_path: Path
+) -> None:
+    expected = load_parameters_of(sparse_torch, tmp_path)
+    # the reference's own file says the same in other words
+    reference = {
+        path: {
+            "module_name": path,
+            "demode_method": layer.method,
+            "mode": layer.mode,
+            "threshold": layer.threshold,
+            "target_sparsity": layer.target_sparsity,
+            "hook_type": "pre_hook",
+        }
+        for path, layer in expected.layers.items()
+    }
+    (tmp_path / "calibrated_thresholds.json").write_text(json.dumps(reference))
+    for file in ("parameters.json", "calibrated_thresholds.json"):
+        command = ("export", "torch", "-m", smollm2, "--scap-parameters", tmp_path / file, "--device", "cpu")
+        result = optimum_cli(*command, tmp_path / "torch")
+        assert result.returncode == 0, result.stderr
+        (tmp_path / "again").mkdir(exist_ok=True)
+        assert load_parameters_of(tmp_path / "torch", tmp_path / "again").layers == expected.layers
+        result = optimum_cli("scap", "apply", dense_int8, "--scap-parameters", tmp_path / file, tmp_path / "openvino")
+        assert result.returncode == 0, result.stderr
+        result = optimum_cli("scap", "info", tmp_path / "openvino", "--json", tmp_path / "openvino.json")
+        assert result.returncode == 0, result.stderr
+        assert load_parameters(tmp_path / "openvino.json").layers == expected.layers
+
+
+def test_decode_only(smollm2: Path, sparse_torch: Path, tmp_path: Path) -> None:
+    file = tmp_path / "parameters.json"
+    load_parameters_of(sparse_torch, tmp_path)
+    command = ("export", "torch", "-m", smollm2, "--scap-parameters", file, "--scap-apply-to", "decode")
+    result = optimum_cli(*command, "--dtype", "float32", "--device", "cpu", tmp_path / "decode")
+    assert result.returncode == 0, result.stderr
+    found = fresh_logits(tmp_path / "decode", tmp_path / "decode.safetensors")
+    sparse = fresh_logits(sparse_torch, tmp_path / "sparse.safetensors")
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(torch.arange(100, 140)[None]).logits
+    torch.testing.assert_close(found["many"], dense, atol=1e-3, rtol=1e-3)
+    assert torch.equal(found["one"], sparse["one"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scap", "0.4", "--scap-parameters", "x.json"], "not allowed with"),
+        (["--scap-parameters", "{parameters}", "--scap-mode", "median"], "--scap-mode cannot be used with"),
+        (["--scap", "qkv=0.4", "--scap-dataset", "{text}"], "no fully connected layer is left"),
+        (["--scap", "0.4", "--task", "no-such-task", "--scap-dataset", "{text}"], "--task"),
+        (["--scap-parameters", "{unknown}"], "layer model.layers.77.mlp.up_proj does not exist"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    flags: list[str], message: str, smollm2: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    entry = {"module_name": "", "demode_method": "zero", "mode": 0.0, "threshold": 0.1, "target_sparsity": 0.3}
+    files = {
+        "parameters": {"model.layers.0.mlp.up_proj": entry},
+        "unknown": {"model.layers.77.mlp.up_proj": entry},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    values = {"text": texts[0], **{name: tmp_path / f"{name}.json" for name in files}}
+    output = tmp_path / "deep" / "output"
+    result = optimum_cli("export", "torch", "-m", smollm2, *(flag.format(**values) for flag in flags), output)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not output.parent.exists()
+
+
+def test_damaged_checkpoints(sparse_torch: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(sparse_torch, folder)
+    config = json.loads((folder / "config.json").read_text())
+    layer = config["quantization_config"]["layers"]["model.layers.3.mlp.up_proj"]
+    layer["threshold"] = -1.0
+    (folder / "config.json").write_text(json.dumps(config))
+    result = optimum_cli("scap", "info", folder)
+    assert result.returncode == 1 and "layers.model.layers.3.mlp.up_proj.threshold" in result.stderr
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.up_proj\.threshold"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    result = optimum_cli("export", "torch", "-m", folder, "--scap", "0.4", folder)
+    assert result.returncode == 1 and "is the model folder itself" in result.stderr
+
+
+def test_a_sparse_checkpoint_is_not_sparsified_again(
+    sparse_torch: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = optimum_cli(
+        *("export", "torch", "-m", sparse_torch, "--scap", "0.4", "--scap-dataset", texts[0], *SMALL), tmp_path / "out"
+    )
+    assert result.returncode == 1 and "sparse already" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_is_found_by_the_model_itself(smollm2: Path, texts: tuple[Path, Path]) -> None:
+    """The tokenizer comes from where the model was loaded; `auto` is text that the model generates."""
+    by_file = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    sparsify_activations(by_file, SCAPConfig.from_spec("0.4", num_samples=4, seq_len=64), texts[0])
+    generated = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    sparsify_activations(generated, SCAPConfig.from_spec("0.4", num_samples=4))
+    for model in (by_file, generated):
+        assert all(0 < module.scap_threshold < 10 for module in pruned_layers(model).values())
+
+
+def test_lm_eval_runs_on_a_checkpoint(sparse_torch: Path, tmp_path: Path) -> None:
+    questions = [
+        {"question": f"The capital of {country} is", "choices": ["Paris", "Rome", "Berlin"], "answer": index}
+        for index, country in enumerate(("France", "Italy", "Germany"))
+    ]
+    (tmp_path / "capitals.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "capitals.yaml").write_text(
+        f"""
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{tmp_path}/capitals.jsonl"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    command = [sys.executable, "-m", "optimum_scap.evaluation.lm_eval", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={sparse_torch},dtype=float32", "--include_path", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "--tasks", "capitals", "--output_path", str(tmp_path / "results")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Unknown quantization type" not in result.stderr
+    found = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())
+    assert found["results"]["capitals"]["acc,none"] > 0.6

@@ -1,0 +1,227 @@
+"""The layers themselves: the formula on both of its paths, and everything that is done to modules."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model, tiny_samples
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
+from optimum_scap.config import ApplyTo
+from optimum_scap.parameters import LayerParameters
+from optimum_scap.torch.backend import pruned_layers
+from optimum_scap.torch.layers import SCAPLinear, convert, is_fully_connected
+
+
+def parameters(mode: float = 0.0, threshold: float = 0.5) -> LayerParameters:
+    method = "zero" if mode == 0 else "median"
+    return LayerParameters(role="up", method=method, target_sparsity=0.5, mode=mode, threshold=threshold)
+
+
+def pruned_linear(
+    inputs: int, outputs: int, mode: float = 0.0, threshold: float = 0.5, bias: bool = True, apply_to: ApplyTo = "all"
+) -> nn.Module:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    convert(layer, parameters(mode, threshold), apply_to)
+    return layer
+
+
+def formula(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """The definition in float64, with the comparison in float32."""
+    mode, threshold = layer.scap_mode, layer.scap_threshold
+    keep = ~((x.float() - mode).abs() <= threshold)
+    centred = torch.where(keep, x.double() - mode, 0.0)
+    weight = layer.output_major_weight().detach().double()
+    y = centred @ weight.T + mode * weight.sum(1)
+    return y if layer.bias is None else y + layer.bias.detach().double()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    rows=st.integers(0, 20),
+    mode=st.sampled_from([0.0, 0.25, -1.5]),
+    threshold=st.sampled_from([0.0, 0.5, 100.0]),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_formula(
+    inputs: int, outputs: int, rows: int, mode: float, threshold: float, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = pruned_linear(inputs, outputs, mode, threshold, bias)
+    x = torch.randn(rows, inputs)
+    x[torch.rand(rows, inputs) < 0.2] = mode + threshold  # exactly on the threshold
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (rows, outputs)
+    torch.testing.assert_close(y.double(), formula(x, layer), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_nan_is_kept_and_what_is_on_the_threshold_is_not(rows: int) -> None:
+    layer = pruned_linear(8, 4, bias=False)
+    x = torch.full((rows, 8), 0.5)
+    x[0, 1] = -0.5
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.zeros(rows, 4))
+        x[0, 2] = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))
+        torch.testing.assert_close(layer(x)[0], x[0, 2] * layer.weight[:, 2])
+        x[0, 3] = float("nan")
+        assert layer(x)[0].isnan().all()
+
+
+def test_conv1d() -> None:
+    torch.manual_seed(0)
+    layer = Conv1D(6, 10)  # output features first
+    reference = nn.Linear(10, 6)
+    with torch.no_grad():
+        reference.weight.copy_(layer.weight.T)
+        reference.bias.copy_(layer.bias)
+    for module in (layer, reference):
+        convert(module, parameters(0.3, 0.4), "all")
+    assert layer.weight.shape == (10, 6)
+    for rows in (1, 3, 40):
+        x = torch.randn(2, rows, 10)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), reference(x))
+
+
+def test_decode_only() -> None:
+    layer = pruned_linear(16, 8, threshold=1.0, apply_to="decode")
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        step = layer(x[:, :1])
+    torch.testing.assert_close(step.double(), formula(x[:, :1], layer), atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_pass_through_what_is_kept() -> None:
+    layer = pruned_linear(6, 3, mode=0.2, threshold=0.5)
+    x = torch.tensor([[0.0, 1.0, -2.0, 0.7, 0.71, -0.31]], requires_grad=True)
+    layer(x).sum().backward()
+    kept = torch.tensor([[False, True, True, False, True, True]])
+    assert torch.equal(x.grad != 0, kept)
+    torch.testing.assert_close(x.grad[kept], layer.weight.sum(0)[kept[0]].detach())
+    assert layer.weight.grad is not None and layer.bias.grad is not None
+    torch.testing.assert_close(layer.weight.grad[0], torch.where(kept, x.detach(), 0.2)[0])
+
+
+def test_one_copy_of_the_weights_lies_input_channel_major() -> None:
+    layer = nn.Linear(12, 5)
+    before = layer.weight
+    convert(layer, parameters(), "all")
+    assert layer.weight is before and layer.weight.shape == (5, 12) and layer.weight.stride() == (1, 5)
+    assert layer.weight.untyped_storage().nbytes() == 12 * 5 * 4
+
+
+def test_moved_converted_and_copied_layers_stay_right() -> None:
+    layer = pruned_linear(24, 10, mode=0.3)
+    x = torch.randn(3, 24)
+    for other in (copy.deepcopy(layer), copy.deepcopy(layer).double().float(), copy.deepcopy(layer).to("cpu")):
+        assert isinstance(other, SCAPLinear) and other.weight.stride() == (1, 10)
+        with torch.no_grad():
+            assert torch.equal(other(x), layer(x))
+    half = copy.deepcopy(layer).half()
+    with torch.no_grad():
+        torch.testing.assert_close(half(x.half()).double(), formula(x.half(), half), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts(assign: bool) -> None:
+    layer, other = pruned_linear(24, 10, mode=0.3), pruned_linear(24, 10, mode=0.3)
+    state = {name: value.clone().contiguous() for name, value in layer.state_dict().items()}
+    assert state.keys() == {"weight", "bias"}
+    dense = nn.Linear(24, 10)
+    dense.load_state_dict(state)
+    assert torch.equal(dense.weight, layer.weight)
+    other.load_state_dict(state, assign=assign)
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        assert torch.equal(other(x), layer(x))
+    assert other.weight.stride() == (1, 10)
+
+
+def test_weights_that_are_trained_are_used_with_their_new_values() -> None:
+    layer = pruned_linear(24, 10, mode=0.3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(4, 24)).square().sum().backward()
+    optimizer.step()
+    x = torch.randn(1, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), formula(x, layer), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "mode"), itertools.product([1, 32], [0.0, 0.3]))
+def test_torch_compile_without_graph_breaks(rows: int, mode: float) -> None:
+    layer = pruned_linear(16, 8, mode=mode)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(rows, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_what_cannot_be_pruned() -> None:
+    assert not is_fully_connected(nn.MultiheadAttention(8, 2).out_proj)
+    assert not is_fully_connected(nn.Embedding(4, 4))
+    assert not is_fully_connected(nn.Conv1d(4, 4, 1))
+    with pytest.raises(SCAPError, match="Embedding"):
+        convert(nn.Embedding(4, 4), parameters(), "all")
+    layer = pruned_linear(4, 4)
+    with pytest.raises(SCAPError, match="already"):
+        convert(layer, parameters(), "all")
+
+
+def test_hooks_and_repr_survive() -> None:
+    layer = nn.Linear(4, 4)
+    calls: list[str] = []
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    convert(layer, parameters(), "all")
+    layer(torch.randn(1, 4))
+    assert calls == ["forward"]
+    assert "threshold=0.5" in repr(layer) and "in_features=4" in repr(layer)
+
+
+def test_a_whole_model_compiles_and_generates(tmp_path: Path) -> None:
+    model, samples = tiny_model("llama"), tiny_samples("llama")
+    sparsify_activations(model, "0.4", samples)
+    ids = samples[0]["input_ids"][:1, :6]
+    eager = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits, expected)
+    static = model.generate(
+        input_ids=ids, max_new_tokens=8, do_sample=False, cache_implementation="static", disable_compile=True
+    )
+    assert torch.equal(eager, static)
+
+
+def test_lora_on_top(tmp_path: Path) -> None:
+    model, samples = tiny_model("llama"), tiny_samples("llama")
+    sparsify_activations(model, SCAPConfig.from_spec("0.4", mode="median"), samples)
+    ids = samples[0]["input_ids"]
+    config = peft.LoraConfig(r=2, target_modules=["up_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    assert all(isinstance(module, SCAPLinear) for module in pruned_layers(adapted).values())
+    adapted.train()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = {name for name, value in adapted.named_parameters() if value.grad is not None}
+    assert trained and all("lora" in name for name in trained)
+    adapted.eval()
+    merged = copy.deepcopy(adapted).merge_and_unload().eval()
+    assert len(pruned_layers(merged)) == 6
+    with torch.no_grad():
+        assert torch.isfinite(adapted(ids).logits).all()
+        merged(ids)
+        step = merged.model.layers[0].mlp.down_proj
+        x = torch.randn(1, step.weight.shape[1])
+        torch.testing.assert_close(step(x).double(), formula(x, step), atol=1e-4, rtol=1e-4)
