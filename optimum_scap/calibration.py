@@ -96,9 +96,10 @@ def calibrate(
         drifts = [_drift(statistics[site.key], current[site.key], solved[site.key]) for site in sites]
         worst = int(np.argmax(drifts))
         logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], ", ".join(sites[worst].layers))
+        # The correction that the last pass found is taken along, small as it is: it is known, and costs nothing.
+        current = solved
         if number > 0 and drifts[worst] <= SETTLED:
             return current
-        current = solved
     logger.warning(
         "thresholds did not settle in %d passes: %s still moves by %.3f sparsity; more calibration samples may help",
         MAX_PASSES,

@@ -44,7 +44,7 @@ class QuantileSketch:
             return
         self.count += size << weight_level
         level = max(0, int(np.ceil(np.log2(size / self._capacity))))
-        self._insert(weight_level + level, values[int(self._rng.integers(1 << level)) :: 1 << level])
+        self._insert(weight_level + level, self._take(values, int(self._rng.integers(1 << level)), 1 << level))
 
     def weighted_values(self) -> tuple["NDArray[np.float32]", "NDArray[np.float64]"]:
         """The kept values, sorted, and how many values of the stream each stands for. Both are 1-D."""
@@ -64,14 +64,18 @@ class QuantileSketch:
             merged = self._sort(self._levels[level])
             self._levels[level] = []
             if merged.shape[0] % 2:  # the odd one out stays, so that the total weight is exact
-                self._levels[level].append(merged[-1:])
+                self._levels[level].append(self._take(merged, merged.shape[0] - 1, 1))
                 merged = merged[:-1]
-            self._insert(level + 1, merged[int(self._rng.integers(2)) :: 2])
+            self._insert(level + 1, self._take(merged, int(self._rng.integers(2)), 2))
 
     # What a backend replaces that keeps its chunks elsewhere than in numpy arrays.
 
     def _sort(self, chunks: list[Any]) -> Any:
         return np.sort(np.concatenate([chunk.reshape(-1) for chunk in chunks]))
+
+    def _take(self, values: Any, start: int, step: int) -> Any:
+        """A copy of every `step`-th value: a view would keep all the others in memory."""
+        return values[start::step].copy()
 
     def _as_array(self, chunks: list[Any]) -> "NDArray[np.float32]":
         return np.concatenate(chunks)

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -59,9 +61,13 @@ def test_memory_does_not_grow_with_the_number_of_values() -> None:
     sketch = QuantileSketch()
     batch = RNG.standard_normal(200_000).astype(np.float32)
     sizes = []
-    for _ in range(300):
-        sketch.add(batch)
-        sizes.append(sketch.weighted_values()[0].nbytes)
+    tracemalloc.start()
+    try:
+        for _ in range(300):
+            sketch.add(batch)
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
     assert sketch.count == 60_000_000
     assert max(sizes) < 2**20
 

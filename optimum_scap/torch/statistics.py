@@ -63,6 +63,9 @@ class TorchQuantileSketch(QuantileSketch):
             return torch.from_numpy(np.sort(merged.numpy()))
         return merged.sort().values
 
+    def _take(self, values: Any, start: int, step: int) -> Tensor:
+        return values[start::step].clone()
+
     def _as_array(self, chunks: list[Any]) -> "NDArray[np.float32]":
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks])
 

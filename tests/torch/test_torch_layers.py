@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -19,6 +20,15 @@ from optimum_scap.config import ApplyTo
 from optimum_scap.parameters import LayerParameters
 from optimum_scap.torch.backend import pruned_layers
 from optimum_scap.torch.layers import SCAPLinear, convert, is_fully_connected
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_gpu_if_there_is_one() -> Iterator[None]:
+    with DEVICE:
+        yield
 
 
 def parameters(mode: float = 0.0, threshold: float = 0.5) -> LayerParameters:
@@ -127,7 +137,8 @@ def test_one_copy_of_the_weights_lies_input_channel_major() -> None:
 def test_moved_converted_and_copied_layers_stay_right() -> None:
     layer = pruned_linear(24, 10, mode=0.3)
     x = torch.randn(3, 24)
-    for other in (copy.deepcopy(layer), copy.deepcopy(layer).double().float(), copy.deepcopy(layer).to("cpu")):
+    copied, converted, moved = (copy.deepcopy(layer) for _ in range(3))
+    for other in (copied, converted.double().float(), moved.to("cpu").to(DEVICE)):
         assert isinstance(other, SCAPLinear) and other.weight.stride() == (1, 10)
         with torch.no_grad():
             assert torch.equal(other(x), layer(x))

@@ -50,6 +50,8 @@ def test_memory_stays_bounded_and_weights_exact() -> None:
     values, weights = sketch.weighted_values()
     assert weights.sum() == pytest.approx(count, rel=1e-4) and sketch.count == count
     assert values.size < 200_000 and np.all(np.diff(values) >= 0)
+    chunks = [chunk for level in sketch._levels for chunk in level]
+    assert sum(chunk.untyped_storage().nbytes() for chunk in chunks) == 4 * values.size
 
 
 def test_the_same_answers_as_on_the_host_while_the_stream_is_short() -> None:

@@ -118,5 +118,8 @@ def tiny_samples(name: str, count: int = 4, seed: int = 1) -> list[dict[str, tor
     """Inputs for the model called `name`."""
     generator = torch.Generator().manual_seed(seed)
     if name == "vit":
-        return [{"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)} for _ in range(count)]
-    return [{"input_ids": torch.randint(3, VOCAB, (2, 48), generator=generator)} for _ in range(count)]
+        values = [torch.randn(2, 3, 32, 32, generator=generator, device="cpu") for _ in range(count)]
+    else:
+        values = [torch.randint(3, VOCAB, (2, 48), generator=generator, device="cpu") for _ in range(count)]
+    key = "pixel_values" if name == "vit" else "input_ids"
+    return [{key: value.to(torch.get_default_device())} for value in values]
