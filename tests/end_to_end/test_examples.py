@@ -1,8 +1,11 @@
 """The examples run as a user would run them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from optimum_scap.openvino.folder import read_folder_parameters
 
@@ -26,3 +29,33 @@ def test_quantize_and_sparsify(smollm2: Path, texts: tuple[Path, Path], tmp_path
     parameters = read_folder_parameters(output)["openvino_model.xml"]
     assert len(parameters.layers) == 90
     assert parameters.config.dataset == str(texts[0])
+
+
+@pytest.mark.slow
+def test_both_backends_agree(smollm2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """Thresholds within 1 %; perplexity as far as so short a text can tell."""
+    command = [
+        sys.executable,
+        EXAMPLES / "benchmarks" / "backends.py",
+        smollm2,
+        *texts,
+        "--json",
+        tmp_path / "out.json",
+    ]
+    command += ["--num-samples", "16", "--seq-len", "128", "--max-tokens", "2048"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["thresholds"]["layers"] == 90 and found["thresholds"]["largest"] < 0.01
+    assert found["logits"]["first token of a window, largest"] < 1e-3
+    values = list(found["perplexity"].values())
+    assert max(values) / min(values) < 1.03
+
+
+def test_calibration_in_pytorch_against_the_references_way(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "benchmarks" / "torch_calibration.py", "--shape", "tiny", "--device", "cpu"]
+    command += ["--dtype", "float32", "--num-samples", "16", "--seq-len", "64", "--json", tmp_path / "out.json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["sparsity of our thresholds on the reference's activations, largest miss"] < 0.002

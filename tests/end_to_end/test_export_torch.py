@@ -13,11 +13,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_scap import SCAPConfig, load_parameters, sparsify_activations
+from optimum_scap.openvino.inference import EXACT
+from optimum_scap.openvino.threshold_ops import find_threshold_ops
 from optimum_scap.text import token_windows
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers
 
 
 SMALL = ("--scap-num-samples", "8", "--scap-seq-len", "128", "--device", "cpu", "--dtype", "float32")
+
+TASK = "text-generation-with-past"
 
 LOGITS = """
 import sys
@@ -158,6 +162,30 @@ def test_decode_only(smollm2: Path, sparse_torch: Path, tmp_path: Path) -> None:
         dense = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(torch.arange(100, 140)[None]).logits
     torch.testing.assert_close(found["many"], dense, atol=1e-3, rtol=1e-3)
     assert torch.equal(found["one"], sparse["one"])
+
+
+def test_export_to_openvino_keeps_the_thresholds(sparse_torch: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    from optimum.intel import OVModelForCausalLM
+
+    output = tmp_path / "openvino"
+    result = optimum_cli("export", "openvino", "-m", sparse_torch, "--weight-format", "fp32", "--task", TASK, output)
+    assert result.returncode == 0, result.stderr
+    expected = load_parameters_of(sparse_torch, tmp_path)
+    model = OVModelForCausalLM.from_pretrained(output, ov_config=EXACT)
+    ops = {match.layer.path: match for match in find_threshold_ops(model.model)}
+    assert ops.keys() == expected.layers.keys()
+    for path, layer in expected.layers.items():
+        assert (ops[path].mode, ops[path].threshold) == (layer.mode, layer.threshold)
+    assert load_parameters_of(output, tmp_path).layers == expected.layers  # scap info reads the IR, too
+    # Until rounding flips a first activation, which takes some tokens, both compute the same.
+    torch_model = AutoModelForCausalLM.from_pretrained(sparse_torch)
+    ids = AutoTokenizer.from_pretrained(sparse_torch)(texts[1].read_text(), return_tensors="pt")["input_ids"]
+    for start in range(0, 64, 4):
+        window = ids[:, start : start + 4]
+        with torch.no_grad():
+            ours = torch_model(window).logits[0, 0]
+        theirs = torch.as_tensor(model(input_ids=window, attention_mask=torch.ones_like(window)).logits)[0, 0]
+        assert (ours - theirs).norm() < 1e-3 * ours.norm()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,12 @@ from optimum_scap import SCAPConfig, SCAPError, load_parameters, save_parameters
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers, read_parameters
 
 
+def auto_class(name: str) -> type:
+    heads = {"SequenceClassification": tf.AutoModelForSequenceClassification}
+    heads["ImageClassification"] = tf.AutoModelForImageClassification
+    return next((cls for head, cls in heads.items() if CONFIGS[name][0].endswith(head)), tf.AutoModelForCausalLM)
+
+
 def logits_of(model: nn.Module, sample: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return model(**sample).logits
@@ -35,8 +41,8 @@ def test_every_architecture(name: str, mode: str, tmp_path: Path) -> None:
 
     before = logits_of(model, samples[0])
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    assert pruned_layers(again).keys() == layers.keys()
+    again = auto_class(name).from_pretrained(tmp_path, device_map="auto")
+    assert type(again) is type(model) and pruned_layers(again).keys() == layers.keys()
     assert torch.equal(logits_of(again, samples[0]), before)
 
 
