@@ -78,7 +78,7 @@ def _export(model: Path, output: Path) -> OVModelForCausalLM:
     subprocess.run(
         [script, "export", "openvino", "-m", str(model), *flags, str(output)], check=True, capture_output=True
     )
-    return OVModelForCausalLM.from_pretrained(output, compile=False, ov_config=dict(EXACT))
+    return OVModelForCausalLM.from_pretrained(str(output), compile=False, ov_config=dict(EXACT))
 
 
 def _compare_thresholds(torch_model: Any, openvino_model: OVModelForCausalLM) -> dict[str, float]:

@@ -17,17 +17,12 @@ from typing import Any
 
 import torch
 from machine import describe_machine
+from random_models import SHAPES, random_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from optimum_scap import SCAPConfig, sparsify_activations
 from optimum_scap.torch.backend import pruned_layers
-
-
-SHAPES = {
-    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
-}
 
 
 def main() -> None:
@@ -50,7 +45,7 @@ def main() -> None:
     def new_model() -> nn.Module:
         if arguments.model is not None:
             return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device)
-        return _random_llama(SHAPES[arguments.shape], device, dtype)
+        return random_llama(arguments.shape, device, dtype)
 
     model = new_model()
     vocabulary = model.config.vocab_size
@@ -90,25 +85,6 @@ def main() -> None:
         print(f"{name}: {value}")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _random_llama(shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    config = LlamaConfig(**shape, vocab_size=32000, max_position_embeddings=4096)
-    torch.manual_seed(0)
-    with torch.device(device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(default)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_()
-    return model
 
 
 @torch.no_grad()

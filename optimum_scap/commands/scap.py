@@ -3,15 +3,21 @@
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import SCAPConfig
+from ..errors import SCAPError
 from ..parameters import SCAPParameters
 from .errors import errors_for_humans
 from .export import print_fused
 from .flags import add_scap_flags, what_to_apply
 from .staging import check_output, check_output_is_not_model, staged_output
+
+
+if TYPE_CHECKING:
+    from ..evaluation.benchmark import Measurement
 
 
 class SCAPApplyCommand(BaseOptimumCLICommand):
@@ -126,8 +132,21 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         parser.add_argument("model", type=Path, help="Folder of a sparse model.")
-        parser.add_argument("--baseline", type=Path, help="Folder of the dense model to compare with.")
-        parser.add_argument("--prompt-tokens", type=int, default=128, help="Tokens per prefill. Default: 128.")
+        parser.add_argument(
+            "--baseline",
+            type=Path,
+            help=(
+                "Folder of the dense model to compare with. A PyTorch checkpoint holds the dense model's weights and "
+                "is compared with those by default."
+            ),
+        )
+        parser.add_argument(
+            "--prompt-tokens",
+            type=int,
+            nargs="+",
+            default=[128],
+            help="Tokens per prefill, one or several lengths; decoding starts behind the first. Default: 128.",
+        )
         parser.add_argument("--new-tokens", type=int, default=64, help="Tokens decoded one by one. Default: 64.")
         parser.add_argument("--repeats", type=int, default=5, help="Number of repeats. Default: 5.")
         parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
@@ -135,32 +154,52 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli scap benchmark"):
-            from ..errors import SCAPError
-            from ..openvino.folder import check_folder, read_folder_parameters
+            from ..torch.folder import is_torch_folder
             from .tables import print_benchmark
 
-            for name in ("prompt_tokens", "new_tokens", "repeats"):
-                if getattr(args, name) < 1:
-                    raise SCAPError(f"--{name.replace('_', '-')} must be at least 1")
-            read_folder_parameters(args.model)
-            models = {"SCAP": (args.model, True), "SCAP, portable": (args.model, False)}
-            if args.baseline is not None:
-                check_folder(args.baseline)
-                models = {"dense": (args.baseline, False), **models}
-
-            from ..evaluation.benchmark import as_json, measure, realised_sparsity
-
-            measurements = measure(
-                models, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, repeats=args.repeats
-            )
-            sparsity = realised_sparsity(args.model)
+            for name, values in (
+                ("--prompt-tokens", args.prompt_tokens),
+                ("--new-tokens", [args.new_tokens]),
+                ("--repeats", [args.repeats]),
+            ):
+                if min(values) < 1:
+                    raise SCAPError(f"{name} must be at least 1")
+            if args.json is not None and not args.json.absolute().parent.is_dir():
+                raise SCAPError(f"--json: the folder of {args.json} does not exist")
+            _read_folder_parameters(args.model)
+            run = _benchmark_torch if is_torch_folder(args.model) else _benchmark_openvino
+            measurements, sparsity = run(args.model, args.baseline, vars_of(args))
             print_benchmark(measurements, sparsity)
             if args.json is not None:
+                from ..evaluation.benchmark import as_json
+
                 result = {"models": as_json(measurements), "realised_sparsity": sparsity, "settings": vars_of(args)}
                 args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def vars_of(args: Namespace) -> dict[str, int]:
+def _benchmark_openvino(
+    model: Path, baseline: Path | None, settings: dict[str, Any]
+) -> tuple[list["Measurement"], dict[str, float]]:
+    from ..evaluation.benchmark import measure, realised_sparsity
+    from ..openvino.folder import check_folder
+
+    models = {"SCAP": (model, True), "SCAP, portable": (model, False)}
+    if baseline is not None:
+        check_folder(baseline)
+        models = {"dense": (baseline, False), **models}
+    return measure(models, **settings), realised_sparsity(model)
+
+
+def _benchmark_torch(
+    model: Path, baseline: Path | None, settings: dict[str, Any]
+) -> tuple[list["Measurement"], dict[str, float]]:
+    from ..evaluation.torch_benchmark import measure
+
+    # A sparse checkpoint holds the dense model's weights: without a baseline it is compared with that.
+    return measure({"dense": (baseline or model, False), "SCAP": (model, True)}, **settings)
+
+
+def vars_of(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeats")}
 
 

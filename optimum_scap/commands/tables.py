@@ -47,16 +47,28 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
 def print_benchmark(measurements: Sequence["Measurement"], sparsity: Mapping[str, float]) -> None:
     """One row per model; speeds as median [smallest, largest], and against the first model."""
     first = measurements[0]
-    table = Table("model", "prefill tok/s", "decode tok/s", f"decode vs {first.name}", "peak memory MiB", "load s")
+    table = Table("model", "decode tok/s", f"vs {first.name}", "peak memory MiB", "load s", "to first token s")
     for measurement in measurements:
         table.add_row(
             measurement.name,
-            str(measurement.prefill),
             str(measurement.decode),
             f"{measurement.decode.median / first.decode.median:.2f}x",
             f"{measurement.peak_memory_mib:.0f}",
             f"{measurement.load_seconds:.1f}",
+            "" if measurement.first_token_seconds is None else f"{measurement.first_token_seconds:.1f}",
+        )
+    prefill = Table(
+        "prefill",
+        *[f"{m.name}, tok/s" for m in measurements],
+        *[f"{m.name} vs {first.name}" for m in measurements[1:]],
+    )
+    for length, reference in first.prefill.items():
+        prefill.add_row(
+            f"{length} tokens",
+            *[str(m.prefill[length]) for m in measurements],
+            *[f"{m.prefill[length].median / reference.median:.2f}x" for m in measurements[1:]],
         )
     console = Console(width=120)
     console.print(table)
+    console.print(prefill)
     console.print("skipped: " + ", ".join(f"{role} {value:.1%}" for role, value in sparsity.items()))

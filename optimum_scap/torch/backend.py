@@ -18,6 +18,7 @@ from ..errors import SCAPError
 from ..parameters import LayerParameters, SCAPParameters
 from ..progress import length, run_over
 from ..roles import ROLES, find_role
+from .gated import fuse_gated_blocks
 from .layers import convert, is_fully_connected, is_pruned, prune
 from .statistics import TorchActivationStatistics
 
@@ -79,6 +80,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters) -> None:
             )
     for path, module in modules.items():
         convert(module, parameters.layers[path], parameters.config.apply_to)
+    fuse_gated_blocks(model)
     _attach(model, parameters)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..config import ApplyTo
 from ..errors import SCAPError
 from ..parameters import LayerParameters
+from .kernels import sparse_linear
 
 
 logger = logging.getLogger(__name__)
@@ -92,14 +93,19 @@ class _PrunedInput:
             return self._forward_in_exported_form(x, weight)
         if self.scap_apply_to == "decode" and not _is_one_token(x):
             return F.linear(x, weight, self.bias)
-        if self._runs_sparse(x, weight):
-            from .kernels import sparse_linear
-
-            bias = self.bias if self.scap_mode == 0.0 else self.scap_folded_bias
-            return sparse_linear(x, weight, bias, threshold=self.scap_threshold, mode=self.scap_mode)
+        if self.runs_sparse(x):
+            return sparse_linear(x, weight, self.kernel_bias(), threshold=self.scap_threshold, mode=self.scap_mode)
         return F.linear(prune(x, self.scap_mode, self.scap_threshold), weight, self.bias)
 
-    def _runs_sparse(self, x: Tensor, weight: Tensor) -> bool:
+    def kernel_bias(self) -> Tensor | None:
+        """The bias that the sparse operation adds, `[out_features]`: with the mode folded in where there is one."""
+        return self.bias if self.scap_mode == 0.0 else self.scap_folded_bias
+
+    def runs_sparse(self, x: Tensor) -> bool:
+        """Whether a forward of `x` `[..., in_features]` runs the sparse operation."""
+        if self.scap_apply_to == "decode" and not _is_one_token(x):
+            return False
+        weight = self.output_major_weight()
         rows = x.numel() // x.shape[-1]
         if rows == 0 or rows > MAX_SPARSE_ROWS or x.dtype != weight.dtype or not _is_input_major(weight):
             return False
@@ -108,7 +114,7 @@ class _PrunedInput:
                 return False
             if not torch.compiler.is_compiling() and self._scap_folded_versions != self._versions():
                 self.prepare()
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 

@@ -19,6 +19,7 @@ from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
 from optimum_scap.config import ApplyTo
 from optimum_scap.parameters import LayerParameters
 from optimum_scap.torch.backend import pruned_layers
+from optimum_scap.torch.gated import _GatedForward
 from optimum_scap.torch.layers import SCAPLinear, convert, is_fully_connected
 
 
@@ -231,8 +232,31 @@ def test_lora_on_top(tmp_path: Path) -> None:
     merged = copy.deepcopy(adapted).merge_and_unload().eval()
     assert len(pruned_layers(merged)) == 6
     with torch.no_grad():
-        assert torch.isfinite(adapted(ids).logits).all()
+        for length in (1, ids.shape[1]):
+            assert torch.isfinite(adapted(ids[:, :length]).logits).all()
         merged(ids)
         step = merged.model.layers[0].mlp.down_proj
         x = torch.randn(1, step.weight.shape[1])
         torch.testing.assert_close(step(x).double(), formula(x, step), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("mode", ["zero", "median"])
+def test_gated_blocks_run_gate_and_up_together(name: str, mode: str) -> None:
+    model, samples = tiny_model(name), tiny_samples(name)
+    sparsify_activations(model, SCAPConfig.from_spec("up=0.3,gate=0.5,down=0.4", mode=mode), samples)
+    block = model.model.layers[0].mlp
+    assert isinstance(block, _GatedForward) and type(block).__name__.endswith("MLP")
+    for shape in ((1, 1), (3, 1), (1, 8), (2, 30)):
+        x = torch.randn(*shape, block.gate_proj.in_features)
+        with torch.no_grad():
+            expected = block.down_proj(block.act_fn(block.gate_proj(x)) * block.up_proj(x))
+            torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-4)
+    assert copy.deepcopy(block)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "opt", "falcon"])
+def test_other_blocks_are_left_alone(name: str) -> None:
+    model = tiny_model(name)
+    sparsify_activations(model, "0.4", tiny_samples(name))
+    assert not any(isinstance(module, _GatedForward) for module in model.modules())

@@ -1,25 +1,106 @@
-"""The sparse operations that decode runs on."""
+"""Sparse layers for decoding: what they compute stands in `reference`, how they do it in `device_functions`.
 
-import torch
+The functions here are torch operations (`torch.ops.optimum_scap`): Triton on a GPU, plain torch elsewhere. They work
+inside torch.compile(fullgraph=True) and CUDA graphs, on any stream, and compute no gradients. Importing this package
+does not import Triton.
+"""
+
 from torch import Tensor
-from torch.nn import functional as F
+
+from . import library
+from .reference import ACTIVATIONS
+
+
+__all__ = ["ACTIVATIONS", "sparse_feed_forward", "sparse_gated_linear", "sparse_linear", "sparse_linear_pair"]
 
 
 def sparse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, threshold: float, mode: float = 0.0
 ) -> Tensor:
-    """Sum over the kept channels i of (x_i - mode) * weight[:, i], plus bias; x_i is kept if |x_i - mode| > threshold.
+    """A linear layer that reads only the weights of the kept input channels, see `reference.sparse_linear`.
 
     Args:
-        x: `[..., in_features]`, float32, float16 or bfloat16; the comparison is in float32, a NaN is kept.
-        weight: `[out_features, in_features]` of the same dtype.
-        bias: `[out_features]` with the mode folded in, of any float dtype.
-        threshold: float32 value.
-        mode: float32 value.
+        x: `[..., in_features]`, up to 8 rows.
+        weight: `[out_features, in_features]`, input-channel-major in memory: strides (1, >= out_features).
+        bias: `[out_features]`, with the folded mode in it: b + m * W·1.
+        threshold: channels with |x - mode| > threshold are kept.
+        mode: the mode of the activations.
 
-    Returns:
-        `[..., out_features]` in the dtype of `x`, accumulated in float32.
+    Raises:
+        ValueError: on a GPU, if the weights do not lie input-channel-major or `x` has more than 8 rows.
     """
-    centred = x.float() - mode
-    kept = torch.where(centred.abs() <= threshold, 0.0, centred)
-    return F.linear(kept, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return library.sparse_linear(x, weight, bias, threshold, mode)
+
+
+def sparse_linear_pair(
+    x: Tensor,
+    weight_a: Tensor,
+    weight_b: Tensor,
+    bias_a: Tensor | None = None,
+    bias_b: Tensor | None = None,
+    *,
+    threshold_a: float,
+    threshold_b: float,
+    mode_a: float = 0.0,
+    mode_b: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Two sparse linear layers over one input in one go; arguments and errors as of `sparse_linear`."""
+    return library.sparse_linear_pair(x, weight_a, weight_b, bias_a, bias_b, threshold_a, threshold_b, mode_a, mode_b)
+
+
+def sparse_gated_linear(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    gate_threshold: float,
+    up_threshold: float,
+    gate_mode: float = 0.0,
+    up_mode: float = 0.0,
+    activation: str = "silu",
+) -> Tensor:
+    """activation(gate(x)) * up(x), both layers sparse; arguments and errors as of `sparse_linear`.
+
+    Args:
+        activation: one of ACTIVATIONS.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}, choose from {', '.join(ACTIVATIONS)}")
+    return library.sparse_gated_linear(
+        x, gate_weight, up_weight, gate_bias, up_bias, gate_threshold, up_threshold, gate_mode, up_mode, activation
+    )
+
+
+def sparse_feed_forward(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    gate_threshold: float,
+    up_threshold: float,
+    down_threshold: float,
+    gate_mode: float = 0.0,
+    up_mode: float = 0.0,
+    down_mode: float = 0.0,
+    activation: str = "silu",
+) -> Tensor:
+    """down(activation(gate(x)) * up(x)), all three layers sparse; arguments and errors as of `sparse_gated_linear`."""
+    hidden = sparse_gated_linear(
+        x,
+        gate_weight,
+        up_weight,
+        gate_bias,
+        up_bias,
+        gate_threshold=gate_threshold,
+        up_threshold=up_threshold,
+        gate_mode=gate_mode,
+        up_mode=up_mode,
+        activation=activation,
+    )
+    return sparse_linear(hidden, down_weight, down_bias, threshold=down_threshold, mode=down_mode)

@@ -1,0 +1,37 @@
+"""Models of well-known shapes with random weights: speed and memory depend on shapes and sparsity alone."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+SHAPES = {
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "mistral-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
+}
+
+
+def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama of one of SHAPES. Weights are scaled so that activations keep their size from layer to layer."""
+    config = LlamaConfig(**SHAPES[shape], vocab_size=32000, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device, torch.no_grad():
+            model = LlamaForCausalLM(config).eval()
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.normal_(std=module.in_features**-0.5)
+                elif isinstance(module, nn.Embedding):
+                    module.weight.normal_()
+    finally:
+        torch.set_default_dtype(default)
+    return model

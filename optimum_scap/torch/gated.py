@@ -1,0 +1,88 @@
+"""Gated feed-forward blocks, `down(act(gate(x)) * up(x))`, whose gate and up run as one operation at decode.
+
+The block is recognised by what its forward does, not by its name: the same bytecode as LlamaMLP's, which Mistral,
+Qwen, Gemma and many more share. Forwards over many tokens go through the block's own code.
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .kernels import sparse_gated_linear
+from .layers import SCAPLinear
+
+
+class _GatedForward:
+    """What a fused block adds to the class of the block."""
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    scap_activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        gate, up = self.gate_proj, self.up_proj
+        # An adapter may have taken a layer's place since.
+        layers_are_pruned = isinstance(gate, SCAPLinear) and isinstance(up, SCAPLinear)
+        if not (layers_are_pruned and gate.runs_sparse(x) and up.runs_sparse(x)):
+            return super().forward(x)  # type: ignore[misc]
+        hidden = sparse_gated_linear(
+            x,
+            gate.weight,
+            up.weight,
+            gate.kernel_bias(),
+            up.kernel_bias(),
+            gate_threshold=gate.scap_threshold,
+            up_threshold=up.scap_threshold,
+            gate_mode=gate.scap_mode,
+            up_mode=up.scap_mode,
+            activation=self.scap_activation,
+        )
+        return self.down_proj(hidden)
+
+
+def fuse_gated_blocks(model: nn.Module) -> None:
+    """Lets every gated block of `model` whose gate and up are pruned run them as one operation, in place."""
+    for module in list(model.modules()):
+        if not _is_gated_block(module) or isinstance(module, _GatedForward):
+            continue
+        activation = _activation_name(module.act_fn)
+        if activation is not None and all(type(layer) is SCAPLinear for layer in (module.gate_proj, module.up_proj)):
+            cls: Any = type(module)
+            module.__class__ = _fused_class(cls)
+            module.scap_activation = activation  # type: ignore[assignment]
+
+
+@cache
+def _fused_class(cls: type) -> Any:
+    return type(cls.__name__, (_GatedForward, cls), {"__module__": cls.__module__})
+
+
+def _is_gated_block(module: nn.Module) -> bool:
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
+    # accelerate's hooks replace the forward of an instance, and call what they found there
+    if "forward" in vars(module):
+        return False
+    try:
+        from transformers.models.llama.modeling_llama import LlamaMLP
+    except ImportError:
+        return False
+    code, known = getattr(type(module).forward, "__code__", None), LlamaMLP.forward.__code__
+    return code is not None and code.co_code == known.co_code and code.co_names == known.co_names
+
+
+def _activation_name(function: Any) -> str | None:
+    if isinstance(function, nn.GELU):
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    names = {
+        "SiLU": "silu",
+        "SiLUActivation": "silu",
+        "GELUActivation": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "PytorchGELUTanh": "gelu_tanh",
+        "ReLU": "relu",
+    }
+    return names.get(type(function).__name__)

@@ -1,0 +1,209 @@
+"""What the Triton kernels of this package are built from.
+
+    keep_i = |x_i - m| > t                  compared in float32, strictly greater; NaN is kept
+    y      = sum over kept i of (x_i - m) W[:, i]  +  bias
+
+(SCAP, arXiv 2412.07174, section 3; `bias` holds the folded mode, b + m * W·1.)
+
+A program owns a block of output columns and a slice of the input channels. It writes the indices of the slice's kept
+channels to a list of its own (`list_kept_channels`) and walks that list (`accumulate_kept_channels`), so that pruned
+channels cost no instructions. Every thread owns its columns alone: nothing is reduced across threads. A second kernel
+adds the partial sums of the slices in a fixed order (`add_slices`). There is neither an atomic operation nor a
+counter, hence nothing that two launches could share.
+"""
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton; LAUNCH_EARLY is never set then
+    gdc_launch_dependents = gdc_wait = None
+
+HAS_EARLY_LAUNCH = gdc_wait is not None
+
+
+def hold_instructions(unroll: int, weight_bytes: int) -> tuple[str, str, int]:
+    """PTX that hands `pack` accumulators on once all `unroll` weight loads of an iteration have arrived.
+
+    ptxas likes to save registers by moving every load down to its use, which leaves one load in flight instead of
+    `unroll` and costs more than half of the bandwidth. Neither the order in PTX nor a barrier keeps it from that; a
+    dependence of the first multiplication on every load does. `zero` is 0, which ptxas cannot know.
+
+    Returns:
+        instructions, constraints, and the number of consecutive elements they work on, as `inline_asm_elementwise`
+        takes them. Operands: results, accumulators, zero, then 16 bytes of weights per load.
+    """
+    pack = 16 // weight_bytes
+    first_weight = 3 * pack
+    combined = "".join(f" xor.b32 w, w, ${first_weight + 4 * step};" for step in range(1, unroll))
+    handed_on = "".join(f" xor.b32 ${element}, ${pack + element}, w;" for element in range(pack))
+    instructions = f"{{ .reg .b32 w; mov.b32 w, ${first_weight};{combined} and.b32 w, w, ${2 * pack};{handed_on} }}"
+    return instructions, ",".join(["=r"] * pack + ["r"] * (2 * pack + 4 * unroll)), pack
+
+
+@triton.jit
+def wait_for_inputs(LAUNCH_EARLY: tl.constexpr):
+    """Programmatic dependent launch (compute capability >= 9.0): this program was placed on the GPU while the kernels
+    in front of it were finishing. Goes on once their writes are visible, and lets the next kernel's programs in.
+    """
+    if LAUNCH_EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def centre(x, mode, threshold):
+    """x - m where kept, else 0; and which elements are kept. Both in float32."""
+    centred = x.to(tl.float32) - mode
+    keep = (tl.abs(centred) <= threshold) == 0
+    return tl.where(keep, centred, 0.0), keep
+
+
+@triton.jit
+def _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, ROWS: tl.constexpr):
+    inside = channels < channel_count
+    any_keeps = channels < 0
+    for row in tl.static_range(ROWS):
+        _, keep = centre(tl.load(x + row * x_stride + channels, mask=inside, other=0.0), mode, threshold)
+        any_keeps = any_keeps | keep
+    return (any_keeps & inside).to(tl.int32)
+
+
+@triton.jit
+def list_kept_channels(
+    x,
+    x_stride,
+    channel_count,
+    threshold,
+    mode,
+    kept_list,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """Writes the channels that any of the rows of `x` keeps to `kept_list`, and PADDING zeros; returns their number.
+
+    Lane l looks at channels l, l + LANES, l + 2 LANES, ... and its kept channels stand together in the list, behind
+    those of lane l - 1. With one lane per thread only one prefix sum, of a number per lane, crosses threads.
+    """
+    lanes = tl.arange(0, LANES)
+    count = 0
+    for start in range(0, channel_count, LANES * STEPS):
+        kept_bits = tl.zeros([LANES], tl.int32)
+        kept_by_lane = tl.zeros([LANES], tl.int32)
+        for step in tl.static_range(STEPS):
+            keep = _any_row_keeps(x, x_stride, start + step * LANES + lanes, channel_count, threshold, mode, ROWS)
+            kept_bits |= keep << step
+            kept_by_lane += keep
+        position = count + tl.cumsum(kept_by_lane, 0) - kept_by_lane
+        for step in tl.static_range(STEPS):
+            keep = (kept_bits >> step) & 1
+            channels = (start + step * LANES + lanes).to(kept_list.dtype.element_ty)
+            tl.store(kept_list + position, channels, mask=keep == 1)
+            position += keep
+        count += tl.sum(kept_by_lane, 0)
+    tl.store(kept_list + count + tl.arange(0, PADDING), tl.zeros([PADDING], kept_list.dtype.element_ty))
+    # What one thread wrote to the list is read by others.
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums += (tl.zeros([BLOCK_N], tl.float32),)
+    return sums
+
+
+@triton.jit
+def _load_rows(x, x_stride, channel, ROWS: tl.constexpr):
+    loaded = ()
+    for row in tl.static_range(ROWS):
+        loaded += (tl.load(x + row * x_stride + channel),)
+    return loaded
+
+
+@triton.jit
+def _hold(sums, weights, zero, HOLD: tl.constexpr):
+    if HOLD is not None:
+        zeros = tl.zeros(sums[0].shape, tl.int32) + zero
+        held = tl.inline_asm_elementwise(
+            HOLD[0], HOLD[1], (sums[0], zeros) + weights, dtype=tl.float32, is_pure=True, pack=HOLD[2]
+        )
+        sums = (held,) + sums[1:]
+    return sums
+
+
+@triton.jit
+def _add_products(sums, loaded, listed, threshold, mode, weights, ROWS: tl.constexpr):
+    added = ()
+    for row in tl.static_range(ROWS):
+        if ROWS == 1:
+            centred = loaded[row].to(tl.float32) - mode
+        else:
+            # The list holds what any of the rows keeps.
+            centred, _ = centre(loaded[row], mode, threshold)
+        added += (sums[row] + weights.to(tl.float32) * tl.where(listed, centred, 0.0),)
+    return added
+
+
+@triton.jit
+def accumulate_kept_channels(
+    x,
+    x_stride,
+    threshold,
+    mode,
+    kept_list,
+    count,
+    weight,
+    weight_stride,
+    columns,
+    out_features,
+    zero,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
+    HOLD: tl.constexpr,
+):
+    """Sums (x_i - m) * weight[i, columns] over the channels of `kept_list`; one [BLOCK_N] per row, as a tuple.
+
+    UNROLL channels are loaded together. Behind the end of the list stand zeros: channel 0 is loaded and not added.
+    2 * UNROLL elements behind the end must be readable.
+    """
+    sums = _zeros(ROWS, BLOCK_N)
+    next_channels = ()
+    for step in tl.static_range(UNROLL):
+        next_channels += (tl.load(kept_list + step),)
+    for start in range(0, count, UNROLL):
+        channels = next_channels
+        next_channels = ()
+        weights = ()
+        loaded = ()
+        for step in tl.static_range(UNROLL):
+            # Unsigned 32 bits times 32 bits to 64 bits is one instruction.
+            offset = channels[step].to(tl.uint32).to(tl.int64) * tl.cast(weight_stride, tl.uint32).to(tl.int64)
+            if WHOLE_BLOCKS:
+                weights += (tl.load(weight + offset + columns, eviction_policy="evict_first"),)
+            else:
+                inside = columns < out_features
+                weights += (tl.load(weight + offset + columns, mask=inside, other=0.0, eviction_policy="evict_first"),)
+            loaded += (_load_rows(x, x_stride, channels[step].to(tl.int32), ROWS),)
+            next_channels += (tl.load(kept_list + start + UNROLL + step),)
+        sums = _hold(sums, weights, zero, HOLD)
+        for step in tl.static_range(UNROLL):
+            sums = _add_products(sums, loaded[step], start + step < count, threshold, mode, weights[step], ROWS)
+    return sums
+
+
+@triton.jit
+def add_slices(partial, slice_stride, slices, columns, inside, SLICES_CEIL: tl.constexpr):
+    """Sum over the slices of `partial[slice, columns]`, always in the same order."""
+    rows = tl.arange(0, SLICES_CEIL)
+    pointers = partial + rows[:, None] * slice_stride + columns[None, :]
+    return tl.sum(tl.load(pointers, mask=(rows < slices)[:, None] & inside[None, :], other=0.0), 0)

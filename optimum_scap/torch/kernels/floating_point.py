@@ -1,0 +1,213 @@
+"""Sparse layers over float32, float16 and bfloat16 weights, in Triton. Their torch twins stand in `reference`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .configurations import LaunchConfiguration, configuration_for, supports_early_launch
+from .device_functions import hold_instructions
+from .floating_point_kernels import add_gated_partial_sums_kernel, add_partial_sums_kernel, partial_sums_kernel
+
+
+MAX_ROWS = 8
+MAX_STEPS = 16
+SUM_WARPS = 4
+
+
+class _Branch(NamedTuple):
+    """One weight over the shared input."""
+
+    weight: Tensor
+    threshold: float
+    mode: float
+
+
+def _check(x: Tensor, branches: Sequence[_Branch]) -> None:
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows > MAX_ROWS:
+        raise ValueError(f"sparse kernels take up to {MAX_ROWS} rows, got {rows}")
+    for weight, _, _ in branches:
+        out_features, in_features = weight.shape
+        if in_features != x.shape[-1]:
+            raise ValueError(f"weight of {in_features} input channels, input of {x.shape[-1]}")
+        if out_features > 1 and weight.stride(0) != 1 or in_features > 1 and weight.stride(1) < out_features:
+            raise ValueError(
+                f"weights must lie input-channel-major, with strides (1, >= {out_features}); got {weight.stride()}"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"weight on {weight.device}, input on {x.device}")
+
+
+def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchConfiguration) -> Tensor:
+    """Launches `partial_sums_kernel`; x is [rows, in_features], contiguous."""
+    rows, in_features = x.shape
+    a, b = branches[0], branches[-1]
+    block_n = configuration.block_n(a.weight.element_size())
+    blocks = sum(triton.cdiv(branch.weight.shape[0], block_n) for branch in branches)
+    slices = min(configuration.slices, in_features)
+    slice_size = triton.cdiv(in_features, slices)
+    list_size = triton.cdiv(slice_size + 2 * configuration.unroll, 16) * 16
+    list_dtype = torch.int16 if slice_size <= torch.iinfo(torch.int16).max else torch.int32
+    lists = torch.empty(slices * blocks * list_size, dtype=list_dtype, device=x.device)
+    all_features = sum(branch.weight.shape[0] for branch in branches)
+    partial = torch.empty((slices, rows, all_features), dtype=torch.float32, device=x.device)
+    lanes = 32 * configuration.num_warps
+    nvidia = x.is_cuda and torch.version.hip is None
+    partial_sums_kernel[(blocks, slices)](
+        x,
+        in_features,
+        lists,
+        list_size,
+        a.weight,
+        b.weight,
+        a.weight.stride(1),
+        b.weight.stride(1),
+        partial,
+        a.weight.shape[0],
+        b.weight.shape[0],
+        a.threshold,
+        b.threshold,
+        a.mode,
+        b.mode,
+        0,
+        PAIR=len(branches) == 2,
+        ROWS=rows,
+        LANES=lanes,
+        STEPS=min(MAX_STEPS, triton.next_power_of_2(triton.cdiv(slice_size, lanes))),
+        BLOCK_N=block_n,
+        UNROLL=configuration.unroll,
+        WHOLE_BLOCKS=all(branch.weight.shape[0] % block_n == 0 for branch in branches),
+        HOLD=hold_instructions(configuration.unroll, a.weight.element_size()) if nvidia else None,
+        num_warps=configuration.num_warps,
+        **_early_launch(x.device),
+    )
+    return partial
+
+
+def _add_partial_sums(
+    x: Tensor, partial: Tensor, biases: Sequence[Tensor | None], outs: Sequence[Tensor], sum_block: int
+) -> None:
+    slices, rows, _ = partial.shape
+    add_partial_sums_kernel[(sum(triton.cdiv(out.shape[1], sum_block) for out in outs), rows)](
+        partial,
+        slices,
+        biases[0],
+        biases[-1],
+        outs[0],
+        outs[-1],
+        outs[0].shape[1],
+        outs[-1].shape[1],
+        HAS_BIAS_A=biases[0] is not None,
+        HAS_BIAS_B=biases[-1] is not None,
+        PAIR=len(outs) == 2,
+        SLICES_CEIL=triton.next_power_of_2(slices),
+        BLOCK_N=sum_block,
+        num_warps=SUM_WARPS,
+        **_early_launch(x.device),
+    )
+
+
+def _launch(
+    x: Tensor,
+    branches: Sequence[_Branch],
+    biases: Sequence[Tensor | None],
+    configuration: LaunchConfiguration | None,
+) -> list[Tensor]:
+    _check(x, branches)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    outs = [flat.new_empty((flat.shape[0], branch.weight.shape[0])) for branch in branches]
+    if flat.shape[0] > 0:
+        configuration = configuration or configuration_for(flat, [branch.weight for branch in branches])
+        with _on_device(flat):
+            partial = _partial_sums(flat, branches, configuration)
+            _add_partial_sums(flat, partial, [_contiguous(bias) for bias in biases], outs, configuration.sum_block)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _early_launch(device: torch.device) -> dict[str, bool]:
+    return {"LAUNCH_EARLY": True, "launch_pdl": True} if supports_early_launch(device) else {"LAUNCH_EARLY": False}
+
+
+def _on_device(x: Tensor) -> torch.cuda.device:
+    # Triton launches on the current device. Index -1 changes nothing.
+    return torch.cuda.device(x.device if x.is_cuda else -1)
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    mode: float,
+    configuration: LaunchConfiguration | None = None,
+) -> Tensor:
+    """See `reference.sparse_linear`."""
+    return _launch(x, [_Branch(weight, threshold, mode)], [bias], configuration)[0]
+
+
+def sparse_linear_pair(
+    x: Tensor,
+    weight_a: Tensor,
+    weight_b: Tensor,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    threshold_a: float,
+    threshold_b: float,
+    mode_a: float,
+    mode_b: float,
+    configuration: LaunchConfiguration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.sparse_linear_pair`."""
+    branches = [_Branch(weight_a, threshold_a, mode_a), _Branch(weight_b, threshold_b, mode_b)]
+    first, second = _launch(x, branches, [bias_a, bias_b], configuration)
+    return first, second
+
+
+def sparse_gated_linear(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gate_threshold: float,
+    up_threshold: float,
+    gate_mode: float,
+    up_mode: float,
+    activation: str,
+    configuration: LaunchConfiguration | None = None,
+) -> Tensor:
+    """See `reference.sparse_gated_linear`."""
+    branches = [_Branch(gate_weight, gate_threshold, gate_mode), _Branch(up_weight, up_threshold, up_mode)]
+    _check(x, branches)
+    features = gate_weight.shape[0]
+    if up_weight.shape[0] != features:
+        raise ValueError(f"gate has {features} output features, up has {up_weight.shape[0]}")
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out = flat.new_empty((flat.shape[0], features))
+    if flat.shape[0] > 0:
+        configuration = configuration or configuration_for(flat, [gate_weight, up_weight])
+        with _on_device(flat):
+            partial = _partial_sums(flat, branches, configuration)
+            add_gated_partial_sums_kernel[(triton.cdiv(features, configuration.sum_block), flat.shape[0])](
+                partial,
+                partial.shape[0],
+                _contiguous(gate_bias),
+                _contiguous(up_bias),
+                out,
+                features,
+                HAS_GATE_BIAS=gate_bias is not None,
+                HAS_UP_BIAS=up_bias is not None,
+                ACTIVATION=activation,
+                SLICES_CEIL=triton.next_power_of_2(partial.shape[0]),
+                BLOCK_N=configuration.sum_block,
+                num_warps=SUM_WARPS,
+                **_early_launch(x.device),
+            )
+    return out.view(*x.shape[:-1], features)

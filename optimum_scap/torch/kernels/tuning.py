@@ -1,0 +1,167 @@
+"""Finds launch configurations for given shapes by measuring, in bounded time, and keeps them in the user's cache."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configurations import (
+    MIN_CHANNELS_PER_SLICE,
+    LaunchConfiguration,
+    device_key,
+    rule_of_thumb,
+    save,
+    shape_key,
+    sum_block_for,
+)
+
+
+logger = logging.getLogger(__name__)
+
+SPARSITIES = (0.5, 0.9)
+RESIDENT_WARPS = (8, 12, 16, 24)
+# Weights are read from memory, not from the L2 cache: so much is read before the same weights come again.
+BYTES_BETWEEN_REUSE = 300_000_000
+
+
+@dataclass(frozen=True)
+class TunedShape:
+    """What `tune` found for one shape: the configuration, and its time over that of the rule of thumb."""
+
+    configuration: LaunchConfiguration
+    relative_time: float
+    tried: int
+
+
+def tune(
+    shapes: Sequence[tuple[int, tuple[int, ...]]],
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cuda",
+    budget_seconds: float = 60.0,
+    path: Path | None = None,
+) -> dict[str, TunedShape]:
+    """Tunes one-token decoding for the shapes, and keeps the results for later processes.
+
+    Args:
+        shapes: (in_features, (out_features, ...)); two out_features for `gate` and `up` over their shared input.
+        dtype: of the weights.
+        device: GPU to tune on.
+        budget_seconds: time to spend, divided evenly among the shapes; each shape tries one configuration at least.
+        path: file to add the results to; the user's cache by default.
+
+    Returns:
+        {name of the shape in the file: TunedShape}
+    """
+    device = torch.device(device)
+    deadline = time.monotonic()
+    found = {}
+    with torch.cuda.device(device):
+        for in_features, out_features in shapes:
+            deadline = max(deadline, time.monotonic()) + budget_seconds / len(shapes)
+            key = shape_key(in_features, out_features, dtype.itemsize)
+            found[key] = _tune_shape(in_features, out_features, dtype, device, deadline)
+            logger.info("%s: %s", key, found[key])
+    save(device_key(device), {key: tuned.configuration for key, tuned in found.items()}, path)
+    return found
+
+
+def candidates(
+    in_features: int, out_features: tuple[int, ...], weight_bytes: int, multiprocessors: int
+) -> list[LaunchConfiguration]:
+    """Configurations worth trying, the most promising first."""
+    found = []
+    for unroll in (8, 16):
+        for num_warps in (4, 2, 8, 1):
+            for resident_warps in RESIDENT_WARPS:
+                block_n = LaunchConfiguration(num_warps, unroll, 1, 64).block_n(weight_bytes)
+                blocks = sum(-(-features // block_n) for features in out_features)
+                slices = multiprocessors * resident_warps // num_warps // blocks
+                slices = max(1, min(slices, in_features // (MIN_CHANNELS_PER_SLICE // 2)))
+                configuration = LaunchConfiguration(num_warps, unroll, slices, sum_block_for(slices))
+                if configuration not in found:
+                    found.append(configuration)
+    return found
+
+
+def _tune_shape(
+    in_features: int, out_features: tuple[int, ...], dtype: torch.dtype, device: torch.device, deadline: float
+) -> TunedShape:
+    first = rule_of_thumb(device_key(device), 1, in_features, out_features, dtype.itemsize)
+    problem = _Problem(in_features, out_features, dtype, device)
+    reference = [problem.time(first, sparsity) for sparsity in SPARSITIES]
+    best, best_time, tried = first, 1.0, 1
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    for configuration in candidates(in_features, out_features, dtype.itemsize, multiprocessors):
+        if time.monotonic() > deadline:
+            break
+        tried += 1
+        times = [problem.time(configuration, sparsity) for sparsity in SPARSITIES]
+        relative = statistics.fmean(mine / theirs for mine, theirs in zip(times, reference, strict=True))
+        if relative < best_time:
+            best, best_time = configuration, relative
+    return TunedShape(best, best_time, tried)
+
+
+class _Problem:
+    """Random weights and inputs of one shape, as many as it takes to read weights from memory."""
+
+    def __init__(
+        self, in_features: int, out_features: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        kept_bytes = in_features * sum(out_features) * dtype.itemsize * (1 - max(SPARSITIES))
+        self.copies = int(min(max(4, BYTES_BETWEEN_REUSE / kept_bytes), 200))
+        self.weights = [
+            [torch.randn(in_features, features, dtype=dtype, device=device).t() for features in out_features]
+            for _ in range(self.copies)
+        ]
+        self.inputs = torch.randn(self.copies, 1, in_features, dtype=dtype, device=device)
+
+    def time(self, configuration: LaunchConfiguration, sparsity: float) -> float:
+        threshold = normal_threshold(sparsity)
+        return graph_time([self._launch(number, threshold, configuration) for number in range(self.copies)])
+
+    def _launch(self, number: int, threshold: float, configuration: LaunchConfiguration) -> Callable[[], Any]:
+        from .floating_point import sparse_linear, sparse_linear_pair
+
+        x, weights = self.inputs[number], self.weights[number]
+        if len(weights) == 1:
+            return lambda: sparse_linear(x, weights[0], None, threshold, 0.0, configuration)
+        return lambda: sparse_linear_pair(
+            x, weights[0], weights[1], None, None, threshold, threshold, 0.0, 0.0, configuration
+        )
+
+
+def normal_threshold(sparsity: float) -> float:
+    """The threshold that prunes this fraction of standard normal values; below zero, nothing is pruned."""
+    if sparsity == 0:
+        return -1.0
+    return float((2**0.5 * torch.erfinv(torch.tensor(sparsity, dtype=torch.float64))).float())
+
+
+def graph_time(launches: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
+    """Median time of one launch, in microseconds, when all of them are replayed in order as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    times = []
+    with torch.cuda.stream(stream):
+        launches[0]()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs: list[Tensor] = [launch() for launch in launches]
+        graph.replay()
+        for _ in range(repeats):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1000 / (2 * len(launches)))
+    del outputs
+    return statistics.median(times)
