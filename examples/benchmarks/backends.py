@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=6144)
+    parser.add_argument("--continuations", type=int, default=6, help="windows whose second half is fed one by one")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -66,7 +67,7 @@ def main() -> None:
         result["perplexity"] = {
             name: perplexity(model, tokenizer, text, max_tokens=arguments.max_tokens) for name, model in models.items()
         }
-    result["continuations"] = _all_against_decode(torch_model, tokenizer, text, arguments.max_tokens)
+    result["continuations"] = _all_against_decode(torch_model, tokenizer, text, arguments.continuations)
     _print(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -110,7 +111,7 @@ def _compare_logits(
     }
 
 
-def _all_against_decode(model: Any, tokenizer: Any, text: str, max_tokens: int) -> dict[str, float]:
+def _all_against_decode(model: Any, tokenizer: Any, text: str, count: int) -> dict[str, float]:
     """Perplexity of the second half of every window: the first half is read at once, the second token by token."""
 
     def set_apply_to(value: str) -> None:
@@ -118,11 +119,7 @@ def _all_against_decode(model: Any, tokenizer: Any, text: str, max_tokens: int) 
             module.scap_apply_to = value
 
     values = {}
-    windows = [
-        torch.from_numpy(ids)
-        for ids in token_samples(tokenizer, text, window=512, max_tokens=max_tokens)
-        if ids.shape[1] == 512
-    ]
+    windows = [torch.from_numpy(ids) for ids in token_samples(tokenizer, text, window=512, max_tokens=512 * count)]
     for name in ("all", "decode"):
         set_apply_to(name)
         losses = [_continuation_loss(model, ids) for ids in windows]
@@ -130,9 +127,11 @@ def _all_against_decode(model: Any, tokenizer: Any, text: str, max_tokens: int) 
     thresholds = {path: module.scap_threshold for path, module in pruned_layers(model).items()}
     for module in pruned_layers(model).values():
         module.scap_threshold = -1.0
+        module.prepare()
     values["dense"] = math.exp(statistics.fmean(_continuation_loss(model, ids) for ids in windows))
     for path, module in pruned_layers(model).items():
         module.scap_threshold = thresholds[path]
+        module.prepare()
     set_apply_to("all")
     return values
 

@@ -116,13 +116,7 @@ def _measure_generate(
         for name, model in models.items():
 
             def run(tokens: int, model: Any = model) -> None:
-                model.generate(
-                    prompt,
-                    min_new_tokens=tokens,
-                    max_new_tokens=tokens,
-                    do_sample=False,
-                    cache_implementation="static",
-                )
+                model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, **options)
 
             seconds = _timed(device, lambda run=run: run(count)) - _timed(device, lambda run=run: run(1))
             if repeat >= 2:

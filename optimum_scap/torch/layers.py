@@ -13,6 +13,7 @@ import logging
 import types
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,19 @@ MAX_SPARSE_ROWS = 8
 def keep_mask(x: Tensor, mode: float, threshold: float) -> Tensor:
     """Which elements of `x` are kept: a bool tensor of the same shape."""
     return ~((x.float() - mode).abs() <= threshold)
+
+
+def round_down(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` not above `threshold`: for values of `dtype` comparing with it is the same."""
+    if dtype == torch.float16:
+        with np.errstate(over="ignore"):
+            rounded = np.float16(threshold)
+        # numpy would compare in float16
+        return float(rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float16(-np.inf)))
+    if dtype == torch.bfloat16:  # the upper half of a float32
+        bits = np.array(threshold, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+        return float(bits.view(np.float32))
+    return threshold
 
 
 def prune(x: Tensor, mode: float, threshold: float) -> Tensor:
@@ -54,6 +68,8 @@ class _PrunedInput:
     # Plain numbers, which torch.compile reads where it does not read the attributes of `scap_parameters`.
     scap_mode: float
     scap_threshold: float
+    # The threshold in the dtype of the weights.
+    _scap_shrinkage: float
     scap_folded_bias: Tensor | None
     _scap_folded_versions: tuple[int, ...]
 
@@ -72,6 +88,7 @@ class _PrunedInput:
         the meta device until a checkpoint is loaded, or offloaded).
         """
         weight = self.output_major_weight()
+        self._scap_shrinkage = round_down(self.scap_threshold, weight.dtype)
         if weight.is_meta:
             self.scap_folded_bias = None
             return
@@ -95,6 +112,9 @@ class _PrunedInput:
             return F.linear(x, weight, self.bias)
         if self.runs_sparse(x):
             return sparse_linear(x, weight, self.kernel_bias(), threshold=self.scap_threshold, mode=self.scap_mode)
+        if self.scap_mode == 0.0 and x.dtype == weight.dtype:
+            # One operation instead of five; a NaN is kept, and the comparison is the float32 one but for its cost.
+            return F.linear(F.hardshrink(x, self._scap_shrinkage), weight, self.bias)
         return F.linear(prune(x, self.scap_mode, self.scap_threshold), weight, self.bias)
 
     def kernel_bias(self) -> Tensor | None:
@@ -114,7 +134,10 @@ class _PrunedInput:
                 return False
             if not torch.compiler.is_compiling() and self._scap_folded_versions != self._versions():
                 self.prepare()
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return False
+        # Under torch.compile is_exporting() is true in some versions of torch.
+        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 

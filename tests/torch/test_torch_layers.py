@@ -260,3 +260,42 @@ def test_other_blocks_are_left_alone(name: str) -> None:
     model = tiny_model(name)
     sparsify_activations(model, "0.4", tiny_samples(name))
     assert not any(isinstance(module, _GatedForward) for module in model.modules())
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_what_is_compiled_is_the_sparse_operation(rows: int) -> None:
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(pruned_linear(16, 8), fullgraph=True, backend=backend)(torch.randn(rows, 16))
+    assert ("optimum_scap.sparse_linear" in graphs[0]) == (rows == 1)
+
+
+def test_exported_programs_hold_ordinary_operations() -> None:
+    program = torch.export.export(pruned_linear(16, 8, mode=0.3).eval(), (torch.randn(1, 16),))
+    assert not any("optimum_scap" in str(node.target) for node in program.graph.nodes)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    threshold=st.floats(0, 1e5, width=32) | st.floats(0, 2.0**-20, width=32), offset=st.integers(-3, 3), rows=st.just(16)
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_many_rows_compare_as_float32_does(dtype: torch.dtype, threshold: float, offset: int, rows: int) -> None:
+    layer = nn.Linear(1, 1, bias=False).to(dtype)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    convert(layer, parameters(0.0, threshold), "all")
+    # the threshold in this dtype, and its neighbours
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    near = (torch.tensor(threshold).to(dtype).view(integer) + offset).clamp(min=0).view(dtype)
+    x = torch.stack([near, -near, torch.tensor(float("nan"), dtype=dtype, device=near.device)]).repeat(rows)[:, None]
+    with torch.no_grad():
+        y = layer(x)
+    keep = ~(x.float().abs() <= threshold)
+    expected = torch.where(keep, x, 0).float()
+    assert torch.equal(y.float().nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -1,0 +1,193 @@
+"""What the kernels compute, against float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_problems import DEVICE, DTYPES, Layer, assert_close, expected, random_input, random_layer
+
+from optimum_scap.torch.kernels import reference
+from optimum_scap.torch.kernels.configurations import LaunchConfiguration
+
+
+pytest.importorskip("triton")
+from optimum_scap.torch.kernels import floating_point  # noqa: E402
+
+
+ON_GPU = DEVICE.type == "cuda"
+SMALL = LaunchConfiguration(num_warps=1, unroll=4, slices=3, sum_block=32)
+CONFIGURATIONS = (
+    SMALL,
+    LaunchConfiguration(num_warps=2, unroll=8, slices=1, sum_block=64),
+    LaunchConfiguration(num_warps=4, unroll=2, slices=7, sum_block=32),
+    None,
+)
+IMPLEMENTATIONS = {"triton": floating_point, "reference": reference}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest):
+    return IMPLEMENTATIONS[request.param]
+
+
+def linear(kernels, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    return kernels.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode)
+
+
+@settings(
+    max_examples=300 if ON_GPU else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    in_features=st.integers(1, 300 if ON_GPU else 90),
+    out_features=st.integers(1, 1500 if ON_GPU else 300),
+    rows=st.sampled_from([1, 1, 2, 3, 8]),
+    dtype=st.sampled_from(DTYPES),
+    mode=st.sampled_from([0.0, 0.25]),
+    threshold=st.sampled_from([-1.0, 0.0, 0.7, 1.5, 1e30]),
+    padding=st.sampled_from([0, 1, 8]),
+    with_bias=st.booleans(),
+    configuration=st.sampled_from(CONFIGURATIONS),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(
+    in_features, out_features, rows, dtype, mode, threshold, padding, with_bias, configuration, seed
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = random_input(generator, rows, in_features, dtype)
+    layer = random_layer(generator, in_features, out_features, dtype, threshold, mode, with_bias, padding)
+    y = floating_point.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, configuration)
+    assert y.dtype == dtype
+    assert_close(y, expected(x, layer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_every_row_gets_its_own_channels(kernels, rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = random_input(generator, rows, 40, dtype)
+    x[rows // 2] = 0.01  # a row that is pruned entirely
+    layer = random_layer(generator, 40, 70, dtype, mode=0.25)
+    assert_close(linear(kernels, x, layer), expected(x, layer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", [0.0, 0.375])
+def test_values_at_the_threshold_are_pruned(kernels, dtype: torch.dtype, mode: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = random_input(generator, 2, 64, dtype)
+    distances = (x[0].float() - mode).abs()
+    layer = random_layer(generator, 64, 33, dtype, threshold=float(distances.sort().values[32]), mode=mode)
+    assert_close(linear(kernels, x, layer), expected(x, layer))
+    # The one at the threshold has weights that could not be missed.
+    at_threshold = int(distances.argsort()[32])
+    layer.weight[:, at_threshold] = 1000.0
+    assert_close(linear(kernels, x[:1], layer), expected(x[:1], layer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_are_kept(kernels, dtype: torch.dtype, special: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = random_input(generator, 3, 50, dtype)
+    x[1, 7] = special
+    layer = random_layer(generator, 50, 40, dtype, threshold=1e30)
+    y = linear(kernels, x, layer)
+    assert_close(y, expected(x, layer))
+    assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any() and torch.isfinite(y[2]).all()
+
+
+def test_denormal_differences_count(kernels) -> None:
+    tiny = 2.0**-140
+    x = torch.tensor([[tiny, 2 * tiny, 3 * tiny, -3 * tiny]], device=DEVICE)
+    weight = torch.full((4, 5), 2.0**120, device=DEVICE).t()
+    weight[:, 1] = 2.0**100
+    y = kernels.sparse_linear(x, weight, None, 2 * tiny, 0.0)
+    assert torch.equal(y, torch.zeros_like(y))  # the last two cancel, the first two are pruned
+    y = kernels.sparse_linear(x, weight, None, tiny, 0.0)
+    assert torch.equal(y, torch.full_like(y, 2.0**-39))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_pruned_gives_the_bias_and_none_pruned_the_dense_product(kernels, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = random_input(generator, 1, 60, dtype)
+    layer = random_layer(generator, 60, 45, dtype, threshold=100.0)
+    assert_close(linear(kernels, x, layer)[0], layer.bias)
+    layer.threshold = -1.0
+    assert_close(linear(kernels, x, layer), x.double() @ layer.weight.double().t() + layer.bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_pair_has_two_thresholds_modes_and_sizes(kernels, dtype: torch.dtype, rows: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = random_input(generator, rows, 70, dtype)
+    a = random_layer(generator, 70, 130, dtype, threshold=0.4, mode=0.25)
+    b = random_layer(generator, 70, 61, dtype, threshold=1.1, with_bias=False, padding=3)
+    outputs = kernels.sparse_linear_pair(
+        x, a.weight, b.weight, a.bias, b.bias, a.threshold, b.threshold, a.mode, b.mode
+    )
+    for y, layer in zip(outputs, (a, b), strict=True):
+        assert_close(y, expected(x, layer))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_linear(kernels, dtype: torch.dtype, activation: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = random_input(generator, 2, 50, dtype)
+    gate = random_layer(generator, 50, 41, dtype, threshold=0.4, mode=0.25)
+    up = random_layer(generator, 50, 41, dtype, threshold=0.8, with_bias=False)
+    y = kernels.sparse_gated_linear(
+        x, gate.weight, up.weight, gate.bias, up.bias, gate.threshold, up.threshold, gate.mode, up.mode, activation
+    )
+    assert_close(y, reference.ACTIVATIONS[activation](expected(x, gate)) * expected(x, up))
+
+
+def test_longer_slices_than_one_pass_of_the_list(kernels) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = random_input(generator, 1, 16 * 32 + 77, torch.float32)
+    layer = random_layer(generator, x.shape[1], 20, torch.float32, threshold=1.6)
+    if kernels is floating_point:
+        one_slice = LaunchConfiguration(num_warps=1, unroll=8, slices=1, sum_block=32)
+        y = kernels.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, one_slice)
+    else:
+        y = linear(kernels, x, layer)
+    assert_close(y, expected(x, layer))
+
+
+def test_inputs_of_any_shape_and_stride(kernels) -> None:
+    generator = torch.Generator().manual_seed(6)
+    layer = random_layer(generator, 24, 16, torch.float32)
+    x = random_input(generator, 12, 48, torch.float32)[:, ::2].reshape(2, 6, 24)[:, :3]
+    y = linear(kernels, x, layer)
+    assert_close(y, expected(x, layer))
+    assert linear(kernels, x[:0], layer).shape == (0, 3, 16)
+    assert linear(kernels, x[0, 0], layer).shape == (16,)
+
+
+def test_repeated_runs_agree_bit_by_bit_and_write_every_element() -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = random_input(generator, 2, 100, torch.float16)
+    layer = random_layer(generator, 100, 300, torch.float16)
+    first = floating_point.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, SMALL)
+    for _ in range(20 if ON_GPU else 2):
+        # What the allocator hands out next is full of NaN.
+        poison = [torch.full((size,), torch.nan, device=DEVICE) for size in (2 * 300, 3 * 2 * 300, 4096)]
+        del poison
+        again = floating_point.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, SMALL)
+        assert torch.equal(first, again)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    weight = torch.zeros(6, 4, device=DEVICE)
+    x = torch.zeros(1, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="input-channel-major"):
+        floating_point.sparse_linear(x, weight, None, 0.0, 0.0)
+    with pytest.raises(ValueError, match="4 input channels, input of 5"):
+        floating_point.sparse_linear(torch.zeros(1, 5, device=DEVICE), weight, None, 0.0, 0.0)
+    with pytest.raises(ValueError, match="up to 8 rows, got 9"):
+        floating_point.sparse_linear(torch.zeros(3, 3, 4, device=DEVICE), weight.t().contiguous().t(), None, 0.0, 0.0)
