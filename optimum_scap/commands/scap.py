@@ -14,6 +14,7 @@ from .errors import errors_for_humans
 from .export import print_fused
 from .flags import add_scap_flags, what_to_apply
 from .staging import check_output, check_output_is_not_model, staged_output
+from .tune import SCAPTuneCommand
 
 
 if TYPE_CHECKING:
@@ -211,4 +212,5 @@ class SCAPCommand(BaseOptimumCLICommand):
         CommandInfo("fuse", SCAPFuseCommand.COMMAND.help, SCAPFuseCommand),
         CommandInfo("build-extension", SCAPBuildCommand.COMMAND.help, SCAPBuildCommand),
         CommandInfo("benchmark", SCAPBenchmarkCommand.COMMAND.help, SCAPBenchmarkCommand),
+        CommandInfo("tune", SCAPTuneCommand.COMMAND.help, SCAPTuneCommand),
     )

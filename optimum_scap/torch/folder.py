@@ -28,6 +28,41 @@ def read_folder_parameters(folder: Path) -> SCAPParameters:
     return found
 
 
+def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
+    """What the sparse kernels of a checkpoint work on: {dtype: {(in_features, (out_features, ...))}}.
+
+    The gate and up of a gated block run as one launch and make one entry with two out_features.
+
+    Raises:
+        SCAPError: if the checkpoint is dense or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[Any, int, int]] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  no mapping
+                    if len(shape := weights.get_slice(name).get_shape()) == 2:
+                        dtype = weights.get_slice(name)[:1].dtype
+                        shapes[name.removesuffix(".weight")] = (dtype, shape[0], shape[1])
+    except (OSError, SafetensorError) as error:
+        raise SCAPError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
+    found: dict[Any, set[tuple[int, tuple[int, ...]]]] = {}
+    for path in read_folder_parameters(folder).layers:
+        if path not in shapes:
+            raise SCAPError(f"{folder}: the weights of layer {path} are missing")
+        dtype, out_features, in_features = shapes[path]
+        if path.endswith((".c_attn", ".c_proj", ".c_fc")):  # Conv1D holds its weights the other way round
+            out_features, in_features = in_features, out_features
+        sibling = path.removesuffix("gate_proj") + "up_proj"
+        if path.endswith("gate_proj") and sibling in shapes:
+            found.setdefault(dtype, set()).add((in_features, (out_features, shapes[sibling][1])))
+        elif not (path.endswith("up_proj") and path.removesuffix("up_proj") + "gate_proj" in shapes):
+            found.setdefault(dtype, set()).add((in_features, (out_features,)))
+    return found
+
+
 def export_checkpoint(
     model: str,
     output: Path,

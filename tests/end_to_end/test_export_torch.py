@@ -17,6 +17,7 @@ from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 from optimum_scap.text import token_windows
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers
+from optimum_scap.torch.folder import kernel_shapes
 
 
 SMALL = ("--scap-num-samples", "8", "--scap-seq-len", "128", "--device", "cpu", "--dtype", "float32")
@@ -250,6 +251,23 @@ def test_text_is_found_by_the_model_itself(smollm2: Path, texts: tuple[Path, Pat
     sparsify_activations(generated, SCAPConfig.from_spec("0.4", num_samples=4))
     for model in (by_file, generated):
         assert all(0 < module.scap_threshold < 10 for module in pruned_layers(model).values())
+
+
+def test_benchmark_and_tune(sparse_torch: Path, tmp_path: Path) -> None:
+    size = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1")
+    result = optimum_cli("scap", "benchmark", sparse_torch, *size, "--json", tmp_path / "speed.json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [model["name"] for model in found["models"]] == ["dense", "SCAP"]
+    assert all(model["decode"]["median"] > 0 and model["peak_memory_mib"] > 400 for model in found["models"])
+    assert found["realised_sparsity"]["up"] == pytest.approx(0.35, abs=0.1)
+    # one launch for gate and up, one for down
+    assert kernel_shapes(sparse_torch) == {torch.float32: {(576, (1536, 1536)), (1536, (576,))}}
+    if not torch.cuda.is_available():
+        result = optimum_cli("scap", "tune", sparse_torch)
+        assert result.returncode == 1 and "tuning needs a GPU" in result.stderr
+    result = optimum_cli("scap", "benchmark", sparse_torch, "--json", tmp_path / "missing" / "speed.json")
+    assert result.returncode == 1 and "--json: the folder of" in result.stderr
 
 
 def test_lm_eval_runs_on_a_checkpoint(sparse_torch: Path, tmp_path: Path) -> None:

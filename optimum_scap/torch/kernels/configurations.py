@@ -98,10 +98,8 @@ def device_key(device: torch.device) -> str:
 
 @cache
 def supports_early_launch(device: torch.device) -> bool:
-    """Whether GPU and Triton know programmatic dependent launch (NVIDIA, compute capability 9.0 and later)."""
-    from .device_functions import HAS_EARLY_LAUNCH
-
-    if device.type != "cuda" or torch.version.hip is not None or not HAS_EARLY_LAUNCH:
+    """Whether the GPU knows programmatic dependent launch: NVIDIA, compute capability 9.0 and later."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -15,14 +15,7 @@ counter, hence nothing that two launches could share.
 
 import triton
 import triton.language as tl
-
-
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # an older Triton; LAUNCH_EARLY is never set then
-    gdc_launch_dependents = gdc_wait = None
-
-HAS_EARLY_LAUNCH = gdc_wait is not None
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def hold_instructions(unroll: int, weight_bytes: int) -> tuple[str, str, int]:
@@ -148,7 +141,7 @@ def _add_products(sums, loaded, listed, threshold, mode, weights, ROWS: tl.const
         else:
             # The list holds what any of the rows keeps.
             centred, _ = centre(loaded[row], mode, threshold)
-        added += (sums[row] + weights.to(tl.float32) * tl.where(listed, centred, 0.0),)
+        added += (tl.fma(weights.to(tl.float32), tl.where(listed, centred, 0.0), sums[row]),)
     return added
 
 

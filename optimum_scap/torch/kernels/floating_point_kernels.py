@@ -38,7 +38,6 @@ def partial_sums_kernel(
     LAUNCH_EARLY: tl.constexpr,
 ):
     """partial[slice, row, columns of a, then of b], programs [column blocks of a, then of b; slices]."""
-    wait_for_inputs(LAUNCH_EARLY)
     block = tl.program_id(0)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -61,6 +60,7 @@ def partial_sums_kernel(
     first = (tl.cast(in_features, tl.int64) * part // parts).to(tl.int32)
     channel_count = (tl.cast(in_features, tl.int64) * (part + 1) // parts).to(tl.int32) - first
     x += first
+    wait_for_inputs(LAUNCH_EARLY)
     count = list_kept_channels(x, in_features, channel_count, threshold, mode, kept_list, ROWS, LANES, STEPS, UNROLL)
     sums = accumulate_kept_channels(
         x,
@@ -103,10 +103,10 @@ def add_partial_sums_kernel(
     LAUNCH_EARLY: tl.constexpr,
 ):
     """out[row, columns] = partial summed over slices + bias; programs [column blocks of a, then of b; rows]."""
-    wait_for_inputs(LAUNCH_EARLY)
     block = tl.program_id(0)
     row = tl.program_id(1)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    wait_for_inputs(LAUNCH_EARLY)
     if not PAIR:
         inside = columns < out_features_a
         row_sums = partial + row.to(tl.int64) * out_features_a
@@ -172,12 +172,12 @@ def add_gated_partial_sums_kernel(
     LAUNCH_EARLY: tl.constexpr,
 ):
     """out[row, columns] = activation(gate) * up, both summed over slices; programs [column blocks; rows]."""
-    wait_for_inputs(LAUNCH_EARLY)
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < features
     row_sums = partial + row.to(tl.int64) * 2 * features
     slice_stride = tl.num_programs(1) * 2 * features
+    wait_for_inputs(LAUNCH_EARLY)
     gate = add_slices(row_sums, slice_stride, slices, columns, inside, SLICES_CEIL)
     up = add_slices(row_sums + features, slice_stride, slices, columns, inside, SLICES_CEIL)
     gate = _add_bias(gate, gate_bias, columns, inside, HAS_GATE_BIAS)

@@ -4,7 +4,7 @@
 with its kernels, their twins in `reference`, and a call each.
 """
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable
 from functools import cache, wraps
@@ -19,6 +19,8 @@ from . import reference
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "optimum_scap"
+# Older ones compile neither tuples of tensors nor programmatic dependent launch as the kernels use them.
+MIN_TRITON = (3, 5)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -53,9 +55,16 @@ def register_operation(
 @cache
 def triton_is_there() -> bool:
     """Whether the GPU kernels can run; says once if they cannot."""
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    logger.warning("Triton is not installed: activation sparsity will not save time on this GPU")
+    try:
+        import triton
+    except ImportError:
+        found = "it is not installed"
+    else:
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= MIN_TRITON:
+            return True
+        found = f"this is {triton.__version__}"
+    needed = ".".join(map(str, MIN_TRITON))
+    logger.warning("activation sparsity saves no time on this GPU without Triton %s or later; %s", needed, found)
     return False
 
 

@@ -4,7 +4,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from .configurations import (
 
 logger = logging.getLogger(__name__)
 
-SPARSITIES = (0.5, 0.9)
+SPARSITIES = (0.0, 0.5, 0.9)
 RESIDENT_WARPS = (8, 12, 16, 24)
+SLICE_FACTORS = (0.75, 0.84, 0.92, 1.09, 1.19, 1.33)
 # Weights are read from memory, not from the L2 cache: so much is read before the same weights come again.
 BYTES_BETWEEN_REUSE = 300_000_000
+# Per graph, so that starting the graph does not count.
+MIN_LAUNCHES = 24
 
 
 @dataclass(frozen=True)
@@ -89,23 +92,39 @@ def candidates(
     return found
 
 
+def refinements(configuration: LaunchConfiguration, in_features: int) -> list[LaunchConfiguration]:
+    """Configurations close to a good one."""
+    slices = {round(configuration.slices * factor) for factor in SLICE_FACTORS}
+    slices = {number for number in slices if 1 <= number <= in_features}
+    found = [replace(configuration, slices=number) for number in sorted(slices)]
+    found += [replace(near, sum_block=block) for near in (configuration, *found) for block in (32, 64, 128)]
+    return [near for near in dict.fromkeys(found) if near != configuration]
+
+
 def _tune_shape(
     in_features: int, out_features: tuple[int, ...], dtype: torch.dtype, device: torch.device, deadline: float
 ) -> TunedShape:
     first = rule_of_thumb(device_key(device), 1, in_features, out_features, dtype.itemsize)
     problem = _Problem(in_features, out_features, dtype, device)
     reference = [problem.time(first, sparsity) for sparsity in SPARSITIES]
-    best, best_time, tried = first, 1.0, 1
+    best = TunedShape(first, 1.0, 1)
+
+    def try_all(configurations: Sequence[LaunchConfiguration]) -> None:
+        nonlocal best
+        for configuration in configurations:
+            if time.monotonic() > deadline:
+                return
+            times = [problem.time(configuration, sparsity) for sparsity in SPARSITIES]
+            relative = statistics.fmean(mine / theirs for mine, theirs in zip(times, reference, strict=True))
+            better = relative < best.relative_time
+            best = TunedShape(
+                configuration if better else best.configuration, min(relative, best.relative_time), best.tried + 1
+            )
+
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    for configuration in candidates(in_features, out_features, dtype.itemsize, multiprocessors):
-        if time.monotonic() > deadline:
-            break
-        tried += 1
-        times = [problem.time(configuration, sparsity) for sparsity in SPARSITIES]
-        relative = statistics.fmean(mine / theirs for mine, theirs in zip(times, reference, strict=True))
-        if relative < best_time:
-            best, best_time = configuration, relative
-    return TunedShape(best, best_time, tried)
+    try_all(candidates(in_features, out_features, dtype.itemsize, multiprocessors))
+    try_all(refinements(best.configuration, in_features))
+    return best
 
 
 class _Problem:
@@ -114,8 +133,8 @@ class _Problem:
     def __init__(
         self, in_features: int, out_features: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        kept_bytes = in_features * sum(out_features) * dtype.itemsize * (1 - max(SPARSITIES))
-        self.copies = int(min(max(4, BYTES_BETWEEN_REUSE / kept_bytes), 200))
+        self.bytes = in_features * sum(out_features) * dtype.itemsize
+        self.copies = min(max(4, int(BYTES_BETWEEN_REUSE / (self.bytes * (1 - max(SPARSITIES))))), 200)
         self.weights = [
             [torch.randn(in_features, features, dtype=dtype, device=device).t() for features in out_features]
             for _ in range(self.copies)
@@ -124,7 +143,9 @@ class _Problem:
 
     def time(self, configuration: LaunchConfiguration, sparsity: float) -> float:
         threshold = normal_threshold(sparsity)
-        return graph_time([self._launch(number, threshold, configuration) for number in range(self.copies)])
+        copies = min(self.copies, max(4, int(BYTES_BETWEEN_REUSE / (self.bytes * (1 - sparsity)))))
+        numbers = [number % copies for number in range(max(copies, MIN_LAUNCHES))]
+        return graph_time([self._launch(number, threshold, configuration) for number in numbers])
 
     def _launch(self, number: int, threshold: float, configuration: LaunchConfiguration) -> Callable[[], Any]:
         from .floating_point import sparse_linear, sparse_linear_pair

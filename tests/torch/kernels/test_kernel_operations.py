@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,23 @@ def test_importing_the_operations_does_not_import_triton() -> None:
         "assert y.tolist() == [[4.0, 4.0, 4.0]]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("version", "complaint"), [(None, "it is not installed"), ("3.4.0", "this is 3.4.0")])
+def test_without_a_triton_that_can_the_twin_runs_and_one_warning_is_given(
+    version: str | None,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
+    library.triton_is_there.cache_clear()
+    for _ in range(2):
+        assert not library.triton_is_there()
+    assert [complaint in record.message for record in caplog.records] == [True]
+    y = kernels.sparse_linear(torch.ones(1, 4, device=DEVICE), torch.ones(4, 3, device=DEVICE).t(), threshold=0.5)
+    assert y.tolist() == [[4.0, 4.0, 4.0]]
+    library.triton_is_there.cache_clear()
 
 
 @pytest.mark.timeout(300)
