@@ -26,6 +26,7 @@ LLAMA_1B = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
+PROMPT_TOKENS = (128, 2, 4, 8, 16, 64, 256, 512, 1024)  # decoding starts behind the first
 FORMATS = {"int8": ["--weight-format", "int8"], "int4": ["--weight-format", "int4", "--group-size", "128"]}
 
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, help="text file to calibrate on, with --model")
     parser.add_argument("--scap", default="0.5")
     parser.add_argument("--weight-format", action="append", choices=FORMATS, help="repeat for several (default: both)")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -85,7 +87,11 @@ def main() -> None:
         if not sparse.exists():
             calibration = ["--scap-dataset", dataset, "--scap-num-samples", 4, "--scap-seq-len", 128]
             run("scap", "apply", dense, sparse, "--scap", arguments.scap, *calibration)
-        measured = measure({"dense": (dense, False), "SCAP": (sparse, True)}, repeats=arguments.repeats)
+        measured = measure(
+            {"dense": (dense, False), "SCAP": (sparse, True)},
+            prompt_tokens=arguments.prompt_tokens,
+            repeats=arguments.repeats,
+        )
         sparsity = realised_sparsity(sparse)
         print(f"{model.name}, {name}, {arguments.scap}")
         print_benchmark(measured, sparsity)

@@ -39,14 +39,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model: speeds in tokens per second of the model's own steps (no sampling), memory and load time."""
+    """One model: speeds in tokens per second of the model's own steps (no sampling), memory and load time.
+
+    Attributes:
+        prefill: by the number of tokens.
+        first_token_seconds: loading and one token (OpenVINO only). Stock OpenVINO repacks weights when it first uses
+            them, the C++ operations while they are loaded: only the sum compares them.
+    """
 
     name: str
     folder: str
-    prefill: Spread
+    prefill: dict[int, Spread]
     decode: Spread
     peak_memory_mib: float
     load_seconds: float
+    first_token_seconds: float | None = None
 
 
 class _Stepper:
@@ -97,14 +104,18 @@ def load(folder: Path, fast: bool, **options: Any) -> Any:
 
 
 def measure(
-    models: dict[str, tuple[Path, bool]], *, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 5
+    models: dict[str, tuple[Path, bool]],
+    *,
+    prompt_tokens: Sequence[int] = (128,),
+    new_tokens: int = 64,
+    repeats: int = 5,
 ) -> list[Measurement]:
     """Measures models side by side.
 
     Args:
         models: folder and whether to use the C++ operations, by name.
-        prompt_tokens: tokens per prefill.
-        new_tokens: tokens decoded one by one behind it.
+        prompt_tokens: tokens per prefill, one or several lengths.
+        new_tokens: tokens decoded one by one behind the first of them.
         repeats: how often; every token of every repeat goes through all models in turn.
 
     Raises:
@@ -112,24 +123,33 @@ def measure(
     """
     usage = {name: _load_in_fresh_process(folder, fast) for name, (folder, fast) in models.items()}
     loaded = {name: load(folder, fast) for name, (folder, fast) in models.items()}
-    ids = _text(loaded, models, prompt_tokens + new_tokens)
+    behind = prompt_tokens[0]
+    ids = _text(loaded, models, max(behind + new_tokens, *prompt_tokens))
     steppers = {name: _Stepper(model) for name, model in loaded.items()}
-    prefill: dict[str, list[float]] = {name: [] for name in models}
+    prefill: dict[str, dict[int, list[float]]] = {name: {length: [] for length in prompt_tokens} for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):  # the first one warms up
+        # Decoding continues the prompt that was read last.
+        for length in [*prompt_tokens[1:], behind]:
+            for name, step in steppers.items():
+                seconds = step(ids[:, :length], 0)
+                if repeat:
+                    prefill[name][length].append(length / seconds)
         spent = dict.fromkeys(models, 0.0)
-        for name, step in steppers.items():
-            seconds = step(ids[:, :prompt_tokens], 0)
-            if repeat:
-                prefill[name].append(prompt_tokens / seconds)
-        for past in range(prompt_tokens, prompt_tokens + new_tokens):
+        for past in range(behind, behind + new_tokens):
             for name, step in steppers.items():
                 spent[name] += step(ids[:, past : past + 1], past)
         if repeat:
             for name, seconds in spent.items():
                 decode[name].append(new_tokens / seconds)
     return [
-        Measurement(name, folder.name, Spread.of(prefill[name]), Spread.of(decode[name]), *usage[name])
+        Measurement(
+            name,
+            folder.name,
+            {length: Spread.of(values) for length, values in prefill[name].items()},
+            Spread.of(decode[name]),
+            *usage[name],
+        )
         for name, (folder, _) in models.items()
     ]
 
@@ -174,8 +194,8 @@ def _generate(model: Any, folder: Path, tokens: int) -> np.ndarray:
     return ids[:, :tokens].numpy().astype(np.int64)
 
 
-def _load_in_fresh_process(folder: Path, fast: bool) -> tuple[float, float]:
-    """(peak resident MiB, seconds to load) of a process that loads the model and runs one token."""
+def _load_in_fresh_process(folder: Path, fast: bool) -> tuple[float, float, float]:
+    """(peak resident MiB, seconds to load, seconds until the first token) of a process that runs one token."""
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
     process = context.Process(target=_report_usage, args=(child, folder, fast))
@@ -202,7 +222,8 @@ def _report_usage(pipe: Any, folder: Path, fast: bool) -> None:
         model = load(folder, fast)
         seconds = time.perf_counter() - started
         _Stepper(model)(np.array([[1]], dtype=np.int64), 0)
+        first_token = time.perf_counter() - started
         unit = 1 if sys.platform == "darwin" else 1024
-        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, seconds))
+        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, seconds, first_token))
     except SCAPError as error:
         pipe.send(str(error))

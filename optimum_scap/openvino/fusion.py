@@ -55,16 +55,20 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
     """
     report = FusionReport()
     ready: dict[str, list[_FusedLayer]] = {}
-    for ops in find_threshold_ops(model):
+    found_ops = find_threshold_ops(model)
+    if not found_ops:
+        return report
+    # Finding the library asks the compiler for its version: once for a model, not once for every node.
+    library = library or build_extension()
+    for ops in found_ops:
         try:
-            layer = _prepare(ops)
+            layer = _prepare(ops, library)
         except ValueError as reason:
             report.kept[ops.layer.path] = str(reason)
             logger.debug("%s keeps the stock operations: %s", ops.layer.path, reason)
             continue
         ready.setdefault(ops.select.get_name(), []).append(layer)
-    # Finding the library asks the compiler for its version: once for a model, not once for every node.
-    common: dict[str, Any] = {"precision": precision, "library": library or (build_extension() if ready else None)}
+    common: dict[str, Any] = {"precision": precision, "library": library}
     groups = list(ready.values())
     # FFNs first: they take two groups each, the one of up (and gate) and the one of down.
     for group in list(groups):
@@ -90,7 +94,7 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
     return report
 
 
-def _prepare(ops: ThresholdOps) -> _FusedLayer:
+def _prepare(ops: ThresholdOps, library: Path) -> _FusedLayer:
     layer = ops.layer
     if not (np.isfinite(ops.mode) and np.isfinite(ops.threshold) and ops.threshold >= 0):
         raise UnsupportedWeightsError(f"mode {ops.mode} and threshold {ops.threshold}")
@@ -99,7 +103,7 @@ def _prepare(ops: ThresholdOps) -> _FusedLayer:
     if ops.source.get_element_type() != ov.Type.f32 or layer.node.get_output_element_type(0) != ov.Type.f32:
         raise UnsupportedWeightsError(f"activations of type {ops.source.get_element_type().get_type_name()}")
     output, bias = _output_and_bias(ops)
-    return _FusedLayer(ops, pack_weights(layer, bias), output)
+    return _FusedLayer(ops, pack_weights(layer, bias, library), output)
 
 
 def _output_and_bias(ops: ThresholdOps) -> tuple[ov.Output, np.ndarray | None]:

@@ -21,7 +21,6 @@ from optimum.intel.openvino import modeling_base
 
 from .extension.build import ExtensionBuildError, build_extension
 from .fusion import fuse
-from .threshold_ops import find_threshold_ops
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str
         device: the operations exist for the CPU only.
         ov_config: an `INFERENCE_PRECISION_HINT` of f32 asks for f32 arithmetic.
     """
-    if (device or "CPU").upper() != "CPU" or not find_threshold_ops(model):
+    if (device or "CPU").upper() != "CPU":
         return model
     clone = model.clone()
     try:
@@ -87,7 +86,7 @@ def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str
         warnings.warn(f"SCAP runs with OpenVINO's own operations, at the dense speed: {error}", stacklevel=2)
         return model
     logger.debug("fused %d layers, kept %d", len(report.fused), len(report.kept))
-    return clone
+    return clone if report.fused else model
 
 
 def _precision(ov_config: dict[str, str] | None) -> str:

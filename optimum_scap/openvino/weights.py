@@ -1,6 +1,7 @@
 """The weights of a fully connected layer as the IR stores them: float, or integers with scales and zero points."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -19,7 +20,10 @@ class UnsupportedWeightsError(ValueError):
 
 @dataclass(frozen=True)
 class _Integers:
-    """q `[out, in]`, scale and zero point `[out, groups]`: W = (q - zero_point) * scale."""
+    """q `[out, in]`, scale and zero point `[out, groups]`: W = (q - zero_point) * scale.
+
+    With `nibbles`, q is `[out, in / 2]` bytes of two values each.
+    """
 
     q: np.ndarray
     scale: np.ndarray
@@ -27,14 +31,16 @@ class _Integers:
     bits: int
     signed: bool
     group_size: int
+    nibbles: bool
 
 
-def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None) -> PackedLayer:
+def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None, library: Path | None = None) -> PackedLayer:
     """The weights of `layer` in the layout of the C++ operation, without requantizing them.
 
     Args:
         layer: a fully connected layer.
         bias: float32 `[out_features]` to add to its output, or None.
+        library: the compiled extension, which packs faster than numpy.
 
     Raises:
         UnsupportedWeightsError: if the weights are of another kind than f32, f16, bf16, INT8 or INT4 with scales per
@@ -45,7 +51,7 @@ def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None) -> Packe
     if node.get_type_name() == "Reshape":
         node = _skip(node.input_value(0), "Convert")
     if node.get_type_name() == "Constant":
-        return _pack_float(layer, node, bias)
+        return _pack_float(layer, node, bias, library)
     integers = _read_integers(layer, node)
     return pack_integer(
         integers.q,
@@ -55,10 +61,14 @@ def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None) -> Packe
         bits=integers.bits,
         signed=integers.signed,
         group_size=integers.group_size,
+        nibbles=integers.nibbles,
+        library=library,
     )
 
 
-def _pack_float(layer: FullyConnected, constant: ov.Node, bias: np.ndarray | None) -> PackedLayer:
+def _pack_float(
+    layer: FullyConnected, constant: ov.Node, bias: np.ndarray | None, library: Path | None
+) -> PackedLayer:
     kind = constant.get_output_element_type(0).get_type_name()
     if kind not in _FLOATS:
         raise UnsupportedWeightsError(f"weights of type {kind} without scales")
@@ -66,7 +76,7 @@ def _pack_float(layer: FullyConnected, constant: ov.Node, bias: np.ndarray | Non
     if kind == "bf16":
         values = values.view(np.uint16)
     values = values.T if layer.weights_transposed else values
-    return pack_float(values, bias, bfloat16=kind == "bf16")
+    return pack_float(values, bias, bfloat16=kind == "bf16", library=library)
 
 
 def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:
@@ -89,7 +99,11 @@ def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:
     bits, signed = _INTEGERS[kind]
     shape = tuple(centred.get_output_shape(0))
     groups, group_size = _groups(layer, shape)
-    q = _output_major(layer, _integers(centred), groups * group_size)
+    nibbles = bits == 4 and layer.in_features % 2 == 0 and not layer.weights_transposed
+    if nibbles:
+        q = centred.data.reshape(-1).view(np.uint8).reshape(layer.out_features, layer.in_features // 2)
+    else:
+        q = _output_major(layer, _integers(centred), groups * group_size)
     scale = _parameters(layer, scale_node, shape, groups)
     if scale.dtype not in (np.float16, np.float32):
         raise UnsupportedWeightsError(f"scales of type {scale.dtype}")
@@ -103,7 +117,7 @@ def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:
             if (rounded != zero_point).any() or abs(rounded).max() > 255:
                 raise UnsupportedWeightsError("zero points that are no integers")
             zero_point = rounded.astype(np.int16)
-    return _Integers(q, scale, zero_point, bits, signed, group_size if groups > 1 else 0)
+    return _Integers(q, scale, zero_point, bits, signed, group_size if groups > 1 else 0, nibbles)
 
 
 def _groups(layer: FullyConnected, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -83,6 +83,13 @@ def test_without_a_compiler_it_warns_once_and_runs(sparse_int8: Path, tmp_path: 
     assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[:2] == (1, 3)
 
 
+def test_a_process_may_end_with_a_model_alive(sparse_int8: Path) -> None:
+    """The extension must not be unloaded before the operations that it made."""
+    code = f"import optimum_scap; model = optimum_scap.OVModelForCausalLM.from_pretrained({str(sparse_int8)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_an_encoder_and_an_encoder_decoder(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
@@ -150,14 +157,16 @@ def test_openvino_genai_runs_the_fused_ir_and_gives_the_same_tokens(sparse_int8:
 def test_benchmark_prints_and_writes_what_it_measured(sparse_int8: Path, dense_int8: Path, tmp_path: Path) -> None:
     result = optimum_cli(
         *("scap", "benchmark", sparse_int8, "--baseline", dense_int8, "--json", tmp_path / "result.json"),
-        *("--prompt-tokens", "16", "--new-tokens", "8", "--repeats", "2"),
+        *("--prompt-tokens", "16", "4", "--new-tokens", "8", "--repeats", "2"),
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads((tmp_path / "result.json").read_text())
     assert [model["name"] for model in measured["models"]] == ["dense", "SCAP", "SCAP, portable"]
     for model in measured["models"]:
         assert 0 < model["decode"]["smallest"] <= model["decode"]["median"] <= model["decode"]["largest"]
+        assert model["prefill"].keys() == {"16", "4"}
         assert model["peak_memory_mib"] > 100
+        assert 0 < model["load_seconds"] < model["first_token_seconds"]
         assert model["name"] in result.stdout
     assert measured["realised_sparsity"]["down"] == pytest.approx(0.55, abs=0.05)
     refused = optimum_cli("scap", "benchmark", dense_int8)

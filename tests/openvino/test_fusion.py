@@ -27,8 +27,9 @@ def kinds(model: ov.Model) -> dict[str, int]:
 def assert_close(fused: ov.Model, portable: ov.Model, x: np.ndarray, bound: float = 1e-3) -> None:
     expected, found = outputs(portable, x), outputs(fused, x)
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    # Rounding may move an activation across its threshold: few tokens may differ by more.
-    assert np.mean(errors < bound) >= 0.95
+    # Rounding may move an activation across its threshold, on one CPU here and on another there: few tokens may differ
+    # by more.
+    assert np.sum(errors >= bound) <= max(1, 0.05 * errors.size), errors.max()
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])

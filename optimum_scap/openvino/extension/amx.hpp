@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "gemv_vnni.hpp"
+#include "gemm_vnni.hpp"
 
 #if defined(SCAP_AMX)
 #    include <sys/syscall.h>
@@ -20,8 +20,9 @@ inline bool available() {
 }
 
 // Tiles 0-3 accumulate, 4-5 hold activations (one row per row of x), 6-7 hold weights.
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 1024;
+using vnni::kDepth;
+using vnni::kTileBytes;
+using vnni::kTileRows;
 
 /// Configures the tiles for `rows` rows of x. oneDNN's kernels run on the same threads, so what they had configured
 /// is put back.

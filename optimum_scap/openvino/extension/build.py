@@ -133,11 +133,15 @@ def _command(isa: str) -> tuple[list[str], str]:
         flags = ("-mcpu=native",) if isa == "native" else ()
     else:
         raise ExtensionBuildError(f"instruction set {isa!r} does not exist on {platform.machine()}")
+    # A process that ends with a model alive may unload the extension first, and then destroy operations whose code is
+    # gone: the library stays in memory.
     kind, library = (
-        ("-dynamiclib", "liboptimum_scap.dylib") if sys.platform == "darwin" else ("-shared", "liboptimum_scap.so")
+        (("-dynamiclib",), "liboptimum_scap.dylib")
+        if sys.platform == "darwin"
+        else (("-shared", "-Wl,-z,nodelete"), "liboptimum_scap.so")
     )
-    sources = [str(SOURCE_DIR / name) for name in ("op.cpp", "linear.cpp")]
-    return [*find_compiler(), *BASE_FLAGS, *flags, kind, f"-I{SOURCE_DIR}", *sources, *openvino_flags()], library
+    sources = [str(SOURCE_DIR / name) for name in ("op.cpp", "linear.cpp", "pack.cpp")]
+    return [*find_compiler(), *BASE_FLAGS, *flags, *kind, f"-I{SOURCE_DIR}", *sources, *openvino_flags()], library
 
 
 def _key(command: list[str]) -> str:

@@ -13,6 +13,9 @@ constexpr int kBytes = 64;
 SCAP_INLINE Int load(const uint8_t* p) {
     return _mm512_loadu_si512(p);
 }
+SCAP_INLINE void store(uint8_t* p, Int v) {
+    _mm512_store_si512(p, v);
+}
 SCAP_INLINE Int zero() {
     return _mm512_setzero_si512();
 }
@@ -20,7 +23,9 @@ SCAP_INLINE Int set1(int32_t v) {
     return _mm512_set1_epi32(v);
 }
 SCAP_INLINE Int dot(Int sum, Int u8, Int s8) {
-    return _mm512_dpbusd_epi32(sum, u8, s8);
+    // With the intrinsic GCC 12 copies accumulators around, through memory when there are many: half of the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+    return sum;
 }
 SCAP_INLINE Int interleave8_low(Int a, Int b) {
     return _mm512_unpacklo_epi8(a, b);
@@ -74,6 +79,9 @@ using Int = __m256i;
 constexpr int kBytes = 32;
 SCAP_INLINE Int load(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const Int*>(p));
+}
+SCAP_INLINE void store(uint8_t* p, Int v) {
+    _mm256_store_si256(reinterpret_cast<Int*>(p), v);
 }
 SCAP_INLINE Int zero() {
     return _mm256_setzero_si256();
@@ -133,6 +141,13 @@ SCAP_INLINE void order_columns(Int v[4]) {
 }
 #    endif
 
+/// Four bytes in every lane.
+SCAP_INLINE Int broadcast(const int8_t* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    return set1(bytes);
+}
+
 /// Columns of one vector load.
 template <WeightType Type>
 constexpr int64_t kColumns = Type == WeightType::u4 ? 2 * kBytes : kBytes;
@@ -190,16 +205,19 @@ struct Fold {
         }
         order_columns(v);
         for (int i = 0; i < 4; ++i) {
-            float* at = accumulators + column_of<Type>(half, i);
-            // Modulo 2^32 on purpose: the difference fits, whatever its two terms do.
-            const Int offset = has_zero_points
-                                   ? mul(set1(sum), zero_point[half][i])
-                                   : set1(static_cast<int32_t>(uint32_t(sum) * uint32_t(common_zero_point)));
-            const simd::Float value = to_float(sub(v[i], offset));
-            const simd::Float factor =
-                has_scale ? simd::mul(scale[half][i], simd::set1(x_scale)) : simd::set1(x_scale);
-            simd::store(at, simd::fma(value, factor, simd::load(at)));
+            add_vector(accumulators, half, i, v[i], x_scale, sum);
         }
+    }
+
+    /// The same for ordered vector i alone, `v` being 256 * high + low.
+    SCAP_INLINE void add_vector(float* accumulators, int half, int i, Int v, float x_scale, int32_t sum) const {
+        float* at = accumulators + column_of<Type>(half, i);
+        // Modulo 2^32 on purpose: the difference fits, whatever its two terms do.
+        const Int offset = has_zero_points ? mul(set1(sum), zero_point[half][i])
+                                           : set1(static_cast<int32_t>(uint32_t(sum) * uint32_t(common_zero_point)));
+        const simd::Float value = to_float(sub(v, offset));
+        const simd::Float factor = has_scale ? simd::mul(scale[half][i], simd::set1(x_scale)) : simd::set1(x_scale);
+        simd::store(at, simd::fma(value, factor, simd::load(at)));
     }
 };
 
@@ -246,11 +264,8 @@ void gemv(const Weights& weights, const Panels& panels, const QuantizedPanels& x
                 const uint8_t* at = base + byte;
                 interleave_rows(at + r[0] * row_bytes, at + r[1] * row_bytes, at + r[2] * row_bytes,
                                 at + r[3] * row_bytes, v);
-                int32_t high_bytes, low_bytes;
-                std::memcpy(&high_bytes, x.high + panel.first + 4 * quad, 4);
-                std::memcpy(&low_bytes, x.low + panel.first + 4 * quad, 4);
-                const Int x_high = set1(high_bytes);
-                const Int x_low = set1(low_bytes);
+                const Int x_high = broadcast(x.high + panel.first + 4 * quad);
+                const Int x_low = broadcast(x.low + panel.first + 4 * quad);
                 for (int i = 0; i < 4; ++i) {
                     const Int first = Type == WeightType::u4 ? low_nibbles(v[i]) : v[i];
                     high[0][i] = dot(high[0][i], first, x_high);

@@ -4,8 +4,8 @@
 #include "gemm_amx_bf16.hpp"
 #include "gemm_amx_int8.hpp"
 #include "gemm_float.hpp"
+#include "gemm_vnni.hpp"
 #include "gemv_float.hpp"
-#include "gemv_vnni.hpp"
 
 /// Which kernel a layer takes, and the switch from weight types to templates.
 namespace scap {
@@ -39,19 +39,23 @@ inline Kernel decode_kernel(const Weights& weights, Precision precision) {
 
 inline Kernel rows_kernel(const Weights& weights, Precision precision) {
 #if defined(SCAP_AMX)
-    if (precision != Precision::f32 && amx::available()) {
-        return is_quantized(weights.type) ? Kernel::int8 : Kernel::bf16;
+    if (precision != Precision::f32 && !is_quantized(weights.type) && amx::available()) {
+        return Kernel::bf16;
     }
 #endif
-    (void)weights;
-    (void)precision;
-    return Kernel::floats;
+    return decode_kernel(weights, precision);
 }
 
 /// Few rows wait for memory, which short panels read best; many rows gain from folding sums less often.
 inline int64_t rows_panel_height(Kernel kernel, int64_t rows) {
     if (kernel == Kernel::int8) {
-        return rows <= 8 ? 64 : kMaxQuantizedRows;
+        int64_t few_rows = 5;
+#if defined(SCAP_AMX)
+        if (amx::available()) {
+            few_rows = 8;
+        }
+#endif
+        return rows <= few_rows ? 64 : kMaxQuantizedRows;
     }
     return kFloatPanelRows;
 }

@@ -151,8 +151,10 @@ MaskedRows mask_rows(const float* x, int64_t rows, int64_t in_features, Threshol
 struct RowsInput {
     Panels panels;
     Kernel kernel;
+#if defined(SCAP_VNNI)
+    vnni::Int8Activations int8;
+#endif
 #if defined(SCAP_AMX)
-    amx::Int8Activations int8;
     amx::Bf16Activations bf16;
 #endif
 };
@@ -166,21 +168,11 @@ RowsInput prepare_rows(const MaskedRows& masked, int64_t rows, const Weights& we
                                    rows_panel_height(input.kernel, rows), arena);
     };
     cut();
-#if defined(SCAP_AMX)
-    if (input.kernel != Kernel::floats) {
-        const bool int8 = input.kernel == Kernel::int8;
-        const int64_t block = int8 ? amx::kTileRows : 2 * amx::kTileRows;
-        if (int8) {
-            input.int8 = amx::allocate_int8(input.panels, rows, arena);
-        } else {
-            input.bf16 = amx::allocate_bf16(input.panels, rows, arena);
-        }
+    // Every task fills a block of rows, and says whether the kernel can represent them.
+    const auto fill = [&](int64_t block, const auto& fill_block) {
         std::atomic<bool> representable{true};
         parallel(ceil_div(rows, block), [&](int64_t task) {
-            const bool filled =
-                int8 ? amx::fill_int8(input.panels, masked.x, weights.in_features, rows, task * block, input.int8)
-                     : amx::fill_bf16(input.panels, masked.x, weights.in_features, rows, task * block, input.bf16);
-            if (!filled) {
+            if (!fill_block(task * block)) {
                 representable = false;
             }
         });
@@ -188,6 +180,22 @@ RowsInput prepare_rows(const MaskedRows& masked, int64_t rows, const Weights& we
             input.kernel = Kernel::floats;
             cut();
         }
+    };
+    (void)fill;
+#if defined(SCAP_VNNI)
+    if (input.kernel == Kernel::int8) {
+        input.int8 = vnni::allocate_int8(input.panels, rows, arena);
+        fill(vnni::kTileRows, [&](int64_t row) {
+            return vnni::fill_int8(input.panels, masked.x, weights.in_features, rows, row, input.int8);
+        });
+    }
+#endif
+#if defined(SCAP_AMX)
+    if (input.kernel == Kernel::bf16) {
+        input.bf16 = amx::allocate_bf16(input.panels, rows, arena);
+        fill(2 * amx::kTileRows, [&](int64_t row) {
+            return amx::fill_bf16(input.panels, masked.x, weights.in_features, rows, row, input.bf16);
+        });
     }
 #endif
     return input;
@@ -197,16 +205,27 @@ void multiply_rows(const Weights& weights, const RowsInput& input, const float* 
                    int64_t begin, int64_t end, uint8_t* scratch, float* c, int64_t c_pitch) {
     with_type(weights.type, [&](auto tag) {
         constexpr WeightType kType = decltype(tag)::value;
-#if defined(SCAP_AMX)
+#if defined(SCAP_VNNI)
         if constexpr (is_quantized(kType)) {
             if (input.kernel == Kernel::int8) {
-                amx::gemm<kType>(weights, input.panels, input.int8, rows, begin, end, scratch, c, c_pitch);
+#    if defined(SCAP_AMX)
+                if (amx::available()) {
+                    amx::gemm<kType>(weights, input.panels, input.int8, rows, begin, end, scratch, c, c_pitch);
+                    return;
+                }
+#    endif
+                vnni::gemm<kType>(weights, input.panels, input.int8, rows, begin, end, scratch, c, c_pitch);
                 return;
             }
-        } else if (input.kernel == Kernel::bf16) {
-            amx::gemm_bf16<kType>(weights, input.panels, input.bf16, rows, begin, end, precision == Precision::split,
-                                  scratch, c, c_pitch);
-            return;
+        }
+#endif
+#if defined(SCAP_AMX)
+        if constexpr (!is_quantized(kType)) {
+            if (input.kernel == Kernel::bf16) {
+                amx::gemm_bf16<kType>(weights, input.panels, input.bf16, rows, begin, end,
+                                      precision == Precision::split, scratch, c, c_pitch);
+                return;
+            }
         }
 #endif
         (void)precision;
@@ -216,6 +235,9 @@ void multiply_rows(const Weights& weights, const RowsInput& input, const float* 
 
 constexpr int64_t scratch_bytes() {
     int64_t bytes = kFloatPanelRows * floats::kChunk * static_cast<int64_t>(sizeof(float));
+#if defined(SCAP_VNNI)
+    bytes = std::max(bytes, vnni::kGemmScratchBytes);
+#endif
 #if defined(SCAP_AMX)
     bytes = std::max({bytes, amx::kInt8ScratchBytes, amx::kBf16ScratchBytes});
 #endif
@@ -224,7 +246,7 @@ constexpr int64_t scratch_bytes() {
 
 // Rows handled at once, and the accumulators (floats) of one task that should stay in the second-level cache.
 constexpr int64_t kRowBlock = 256;
-constexpr int64_t kTaskAccumulators = 128 << 10;
+constexpr int64_t kTaskAccumulators = 64 << 10;
 
 /// Several input rows, at most kRowBlock.
 void multiply_block(const float* x, int64_t rows, Threshold threshold, const Job& job, int64_t first_row,

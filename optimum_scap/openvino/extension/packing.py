@@ -9,7 +9,11 @@ points ``[groups, padded out]`` and float32 bias, those that exist, each from a 
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -43,12 +47,15 @@ class PackedLayer:
     has_bias: bool = False
 
 
-def pack_float(weight: np.ndarray, bias: np.ndarray | None = None, *, bfloat16: bool = False) -> PackedLayer:
+def pack_float(
+    weight: np.ndarray, bias: np.ndarray | None = None, *, bfloat16: bool = False, library: Path | None = None
+) -> PackedLayer:
     """Packs float weights.
 
     Args:
         weight: ``[out, in]``, float32 or float16; with ``bfloat16``, the bit patterns as uint16.
         bias: ``[out]`` or None; for a mode m other than zero the caller has folded ``m * W.sum(1)`` into it.
+        library: the compiled extension, which packs much faster than numpy, on all threads.
 
     Raises:
         ValueError: for another dtype or shape.
@@ -63,7 +70,12 @@ def pack_float(weight: np.ndarray, bias: np.ndarray | None = None, *, bfloat16: 
         weight_type=names[weight.dtype],
         in_features=in_features,
         out_features=out_features,
-        buffer=_join(_pitched(_input_major(weight)), _bias(bias, out_features)),
+        buffer=_join(
+            in_features * _row_bytes(out_features, weight.itemsize * 8),
+            _native_rows(weight, weight.itemsize * 8, False, weight.shape, library)
+            or _numpy_rows(_input_major(weight)),
+            _bias(bias, out_features),
+        ),
         has_bias=bias is not None,
     )
 
@@ -77,17 +89,21 @@ def pack_integer(
     bits: int,
     signed: bool,
     group_size: int = 0,
+    nibbles: bool = False,
+    library: Path | None = None,
 ) -> PackedLayer:
     """Packs integer weights, ``W = (q - zero_point) * scale``.
 
     Args:
-        q: ``[out, in]`` integers of ``bits`` bits, one per element.
+        q: ``[out, in]`` integers of ``bits`` bits, one per element; or with ``nibbles`` ``[out, in / 2]`` bytes.
         scale: ``[out, groups]``, float16 or float32.
         zero_point: ``[out, groups]`` integers in q's range, or None for 0.
         bias: ``[out]`` or None; for a mode m other than zero the caller has folded ``m * W.sum(1)`` into it.
         bits: 8 or 4.
         signed: whether q and zero_point are two's complement (i8, i4) or not (u8, u4).
         group_size: input channels per group; the last group may be shorter. 0: one group.
+        nibbles: whether ``q`` holds two 4-bit values to a byte, the low nibble first, as OpenVINO stores them.
+        library: the compiled extension, which packs much faster than numpy, on all threads.
 
     Raises:
         ValueError: for values out of range or shapes that do not fit together.
@@ -96,7 +112,9 @@ def pack_integer(
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     if q.ndim != 2 or q.size == 0 or q.dtype.kind not in "iu":
         raise ValueError(f"q must be integers [out, in], got {q.dtype} {q.shape}")
-    out_features, in_features = q.shape
+    if nibbles and (bits != 4 or q.dtype != np.uint8):
+        raise ValueError(f"nibbles are uint8 of 4-bit values, got {q.dtype} of {bits} bits")
+    out_features, in_features = q.shape[0], q.shape[1] * (2 if nibbles else 1)
     if group_size < 0:
         raise ValueError(f"group_size must not be negative, got {group_size}")
     groups = -(-in_features // group_size) if group_size else 1
@@ -106,10 +124,9 @@ def pack_integer(
         raise ValueError(f"zero_point must be [{out_features}, {groups}], got {zero_point.shape}")
 
     offset = 1 << (bits - 1) if signed else 0
-    rows = _input_major(_to_unsigned(q, offset, bits, "q"))
-    if bits == 4:
-        pairs = rows.reshape(in_features, -1, 2, 16)
-        rows = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(in_features, -1)
+    write_rows = None
+    if nibbles or (bits == 8 and q.dtype == (np.int8 if signed else np.uint8)):
+        write_rows = _native_rows(q, bits, signed, (out_features, in_features), library)
     common, zero_points = offset, None
     if zero_point is not None:
         unsigned = _to_unsigned(zero_point, offset, bits, "zero_point")
@@ -124,7 +141,13 @@ def pack_integer(
         weight_type=f"u{bits}",
         in_features=in_features,
         out_features=out_features,
-        buffer=_join(_pitched(rows), scales, zero_points, _bias(bias, out_features)),
+        buffer=_join(
+            in_features * _row_bytes(out_features, bits),
+            write_rows or _numpy_rows(_integer_rows(q, bits, signed, nibbles)),
+            scales,
+            zero_points,
+            _bias(bias, out_features),
+        ),
         scale_type="f16" if is_half else "f32",
         group_size=group_size if groups > 1 else 0,
         zero_point=common,
@@ -161,24 +184,76 @@ def _input_major(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _pitched(rows: np.ndarray) -> np.ndarray:
-    """Rows of whole kilobytes become a cache line longer: see ``Weights::row_bytes``."""
-    if rows.shape[1] * rows.itemsize % 1024:
+def _integer_rows(q: np.ndarray, bits: int, signed: bool, nibbles: bool) -> np.ndarray:
+    offset = 1 << (bits - 1) if signed else 0
+    if nibbles:
+        q = unpack_nibbles(q, 2 * q.size).reshape(q.shape[0], -1)
+        unsigned = q ^ np.uint8(offset)  # two's complement of four bits
+    else:
+        unsigned = _to_unsigned(q, offset, bits, "q")
+    rows = _input_major(unsigned)
+    if bits == 8:
         return rows
-    return np.pad(rows, ((0, 0), (0, ALIGNMENT // rows.itemsize)))
+    pairs = rows.reshape(len(rows), -1, 2, 16)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(rows), -1)
 
 
-def _join(*parts: np.ndarray | None) -> np.ndarray:
+def _row_bytes(out_features: int, bits: int) -> int:
+    """Distance of two rows; rows of whole kilobytes are a cache line longer: see ``Weights::row_bytes``."""
+    size = -(-out_features // COLUMN_PAD) * COLUMN_PAD * bits // 8
+    return size if size % 1024 else size + ALIGNMENT
+
+
+def _numpy_rows(rows: np.ndarray) -> Callable[[np.ndarray], None]:
+    def write(target: np.ndarray) -> None:
+        raw = rows.view(np.uint8)
+        pitched = target.reshape(len(rows), -1)
+        pitched[:, : raw.shape[1]] = raw
+        pitched[:, raw.shape[1] :] = 0
+
+    return write
+
+
+def _native_rows(
+    values: np.ndarray, bits: int, signed: bool, shape: tuple[int, ...], library: Path | None
+) -> Callable[[np.ndarray], None] | None:
+    """Writes the rows with the compiled extension, where it is given and can read the values."""
+    if library is None or not values.flags.c_contiguous or not values.flags.aligned:
+        return None
+    pack_rows = _packer(library)
+
+    def write(target: np.ndarray) -> None:
+        out_features, in_features = shape
+        row_bytes = _row_bytes(out_features, bits)
+        pack_rows(values.ctypes.data, out_features, in_features, bits, signed, row_bytes, target.ctypes.data)
+
+    return write
+
+
+@lru_cache
+def _packer(library: Path) -> Callable[..., None]:
+    function = ctypes.CDLL(str(library)).optimum_scap_pack_rows
+    function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
+    function.restype = None
+    return function
+
+
+def _join(row_bytes: int, write_rows: Callable[[np.ndarray], None], *parts: np.ndarray | None) -> np.ndarray:
     flat = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts if part is not None]
-    sizes = [-(-part.size // ALIGNMENT) * ALIGNMENT for part in flat]
-    buffer = np.empty(sum(sizes) + TAIL_BYTES, np.uint8)
-    at = 0
-    for part, size in zip(flat, sizes, strict=True):
+    at = _aligned(row_bytes)
+    buffer = np.empty(at + sum(_aligned(part.size) for part in flat) + TAIL_BYTES, np.uint8)
+    write_rows(buffer[:row_bytes])
+    buffer[row_bytes:at] = 0
+    for part in flat:
         buffer[at : at + part.size] = part
-        buffer[at + part.size : at + size] = 0
-        at += size
+        buffer[at + part.size : at + _aligned(part.size)] = 0
+        at += _aligned(part.size)
     buffer[at:] = 0
     return buffer
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _bias(bias: np.ndarray | None, out_features: int) -> np.ndarray | None:

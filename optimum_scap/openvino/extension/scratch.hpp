@@ -117,7 +117,7 @@ public:
     }
 
 private:
-    static constexpr size_t kKeepBytes = size_t(8) << 20;
+    static constexpr size_t kKeepBytes = size_t(64) << 20;
 
     struct Pool {
         std::mutex mutex;

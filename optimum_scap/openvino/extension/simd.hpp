@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "weights.hpp"
 
@@ -23,8 +24,21 @@
 #endif
 
 #define SCAP_INLINE inline __attribute__((always_inline))
+#define SCAP_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace scap {
+
+template <class Body, int... I>
+SCAP_INLINE void unroll(const Body& body, std::integer_sequence<int, I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+
+/// body(0), ..., body(N - 1) with constant indices, for arrays of accumulators: GCC keeps an array that a variable
+/// indexes in memory, even if it unrolls the loop later. `body` is a SCAP_INLINE_LAMBDA.
+template <int N, class Body>
+SCAP_INLINE void unroll(const Body& body) {
+    unroll(body, std::make_integer_sequence<int, N>{});
+}
 
 inline uint32_t float_bits(float value) {
     uint32_t result;

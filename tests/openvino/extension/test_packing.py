@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.extension.packing import TAIL_BYTES, pack_float, pack_integer, unpack_nibbles
 
 
@@ -36,6 +37,32 @@ def test_unpack_nibbles():
     np.testing.assert_array_equal(unpack_nibbles(np.array([0x21, 0x43], np.uint8), 3), [1, 2, 3])
 
 
+SHAPES = ((1, 2), (3, 64), (17, 130), (64, 64), (200, 258), (2048, 70))
+
+
+@pytest.mark.parametrize("signed", (True, False))
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_the_library_packs_as_numpy_does(out_features, in_features, signed):
+    rng = np.random.default_rng(out_features)
+    scale = rng.random((out_features, 1)).astype(np.float16)
+    library = build_extension()
+    q = rng.integers(0, 256, (out_features, in_features)).astype(np.uint8)
+    pairs = q[:, : in_features // 2].copy()
+    for values, bits in ((q.view(np.int8) if signed else q, 8), (pairs, 4)):
+        settings = {"bits": bits, "signed": signed, "nibbles": bits == 4}
+        expected = pack_integer(values, scale, **settings)
+        assert expected.in_features == in_features
+        np.testing.assert_array_equal(pack_integer(values, scale, **settings, library=library).buffer, expected.buffer)
+    values = unpack_nibbles(pairs, pairs.size * 2).reshape(out_features, in_features)
+    values = ((values ^ 8).astype(np.int8) - 8) if signed else values
+    one_by_one = pack_integer(values, scale, bits=4, signed=signed)
+    np.testing.assert_array_equal(one_by_one.buffer, expected.buffer)
+    for dtype in (np.float32, np.float16):
+        weight = rng.standard_normal((out_features, in_features)).astype(dtype)
+        for layout in (weight, np.asfortranarray(weight)):  # the library reads the first only
+            np.testing.assert_array_equal(pack_float(layout, library=library).buffer, pack_float(weight).buffer)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -48,6 +75,7 @@ def test_unpack_nibbles():
         ({"q": np.full((4, 6), 8, np.int8)}, "q must be integers"),
         ({"q": np.zeros((4, 0), np.int8)}, "q must be integers"),
         ({"bias": np.zeros(3, np.float32)}, "bias must be"),
+        ({"nibbles": True}, "nibbles are uint8"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

@@ -17,21 +17,32 @@ HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
+def run_kernels(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    program = tmp_path / "kernels"
+    command = [
+        *find_compiler(), *BASE_FLAGS, *flags, "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}",
+        HERE / "kernels_driver.cpp", SOURCE_DIR / "linear.cpp", "-o", program,
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip(f"the compiler has no library for {flags}")
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
 @pytest.mark.parametrize("isa", ("native", pytest.param("avx2", marks=pytest.mark.slow), "portable"))
 def test_kernels_are_clean(sanitizer, isa, tmp_path):
     if isa not in ("native", "portable") and not X86:
         pytest.skip("an x86 instruction set")
     flags = ISA_FLAGS[isa] if X86 else ()
-    program = tmp_path / "kernels"
-    command = [
-        *find_compiler(), *BASE_FLAGS, *flags, "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all",
-        "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}", HERE / "kernels_driver.cpp", SOURCE_DIR / "linear.cpp",
-        "-o", program,
-    ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    if "cannot find" in built.stderr:
-        pytest.skip(f"the compiler has no {sanitizer} sanitizer")
-    assert built.returncode == 0, built.stderr
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_kernels(tmp_path, (*flags, "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"))
+
+
+def test_tiles_that_the_system_refuses(tmp_path):
+    """The kernels built for AMX where the permission is not given, which every CPU can play through."""
+    if not X86 or "avx512_vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the AMX build needs AVX-512 VNNI")
+    tiles = ("-march=native", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+    run_kernels(tmp_path, (*tiles, "-O1", "-DREFUSE_TILES", "-Wl,--wrap=syscall"))
