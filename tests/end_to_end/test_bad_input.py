@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import optimum_cli
+from conftest import optimum_cli, optimum_cli_in_process
 from openvino import opset13 as opset
 
 
@@ -43,7 +43,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str, outpu
 )
 def test_flags(flags: list[str], message: str, smollm2: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert_refused(optimum_cli("export", "openvino", "-m", smollm2, *flags, output), message, output)
+    assert_refused(optimum_cli_in_process("export", "openvino", "-m", smollm2, *flags, output), message, output)
 
 
 def test_a_missing_model_folder(tmp_path: Path) -> None:
@@ -70,20 +70,24 @@ def test_a_missing_model_folder(tmp_path: Path) -> None:
 def test_datasets(name: str, content: bytes, message: str, dense_int8: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     output = tmp_path / "out"
-    result = optimum_cli("scap", "apply", dense_int8, output, "--scap", "0.5", "--scap-dataset", tmp_path / name)
+    result = optimum_cli_in_process(
+        "scap", "apply", dense_int8, output, "--scap", "0.5", "--scap-dataset", tmp_path / name
+    )
     assert_refused(result, message, output)
     assert name in result.stderr
 
 
 def test_a_hub_dataset_without_network_suggests_the_alternatives(dense_int8: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = optimum_cli("scap", "apply", dense_int8, output, "--scap", "0.5", "--scap-dataset", "wikitext2")
+    result = optimum_cli_in_process(
+        "scap", "apply", dense_int8, output, "--scap", "0.5", "--scap-dataset", "wikitext2"
+    )
     assert_refused(result, "without network use a local .txt, .jsonl, .json or .parquet file, or auto", output)
 
 
 def test_a_pattern_that_matches_no_layer(dense_int8: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = optimum_cli(
+    result = optimum_cli_in_process(
         *("scap", "apply", dense_int8, output, "--scap", "0.5", "--scap-dataset", texts[0]),
         *("--scap-exclude", "expert"),
     )
@@ -92,7 +96,7 @@ def test_a_pattern_that_matches_no_layer(dense_int8: Path, texts: tuple[Path, Pa
 
 def test_a_folder_that_is_sparse_already(sparse_int8: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = optimum_cli("scap", "apply", sparse_int8, output, "--scap", "0.5", "--scap-dataset", texts[0])
+    result = optimum_cli_in_process("scap", "apply", sparse_int8, output, "--scap", "0.5", "--scap-dataset", texts[0])
     assert_refused(result, "already holds SCAP", output)
 
 
@@ -100,7 +104,7 @@ def test_folders_without_a_usable_model(dense_int8: Path, texts: tuple[Path, Pat
     output = tmp_path / "out"
 
     def refused(folder: Path, message: str) -> None:
-        result = optimum_cli("scap", "apply", folder, output, "--scap", "0.5", "--scap-dataset", texts[0])
+        result = optimum_cli_in_process("scap", "apply", folder, output, "--scap", "0.5", "--scap-dataset", texts[0])
         assert_refused(result, message, output)
 
     empty = tmp_path / "empty"
@@ -124,7 +128,7 @@ def test_folders_without_a_usable_model(dense_int8: Path, texts: tuple[Path, Pat
     (damaged / "openvino_model.xml").write_text("<net>")
     (damaged / "openvino_model.bin").write_bytes(b"")
     refused(damaged, "cannot be read")
-    result = optimum_cli("scap", "info", damaged)
+    result = optimum_cli_in_process("scap", "info", damaged)
     assert_refused(result, "cannot be read", output)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import optimum_cli
+from conftest import optimum_cli, optimum_cli_in_process
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -211,7 +211,9 @@ def test_bad_input_leaves_nothing(
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     values = {"text": texts[0], **{name: tmp_path / f"{name}.json" for name in files}}
     output = tmp_path / "deep" / "output"
-    result = optimum_cli("export", "torch", "-m", smollm2, *(flag.format(**values) for flag in flags), output)
+    result = optimum_cli_in_process(
+        "export", "torch", "-m", smollm2, *(flag.format(**values) for flag in flags), output
+    )
     assert result.returncode in (1, 2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
