@@ -22,6 +22,7 @@ from optimum_scap.torch.folder import kernel_shapes
 
 SMALL = ("--scap-num-samples", "8", "--scap-seq-len", "128", "--device", "cpu", "--dtype", "float32")
 
+PROMPT = "The Eiffel Tower is in"
 TASK = "text-generation-with-past"
 
 LOGITS = """
@@ -41,6 +42,7 @@ import sys
 import optimum_scap
 from transformers import pipeline
 generate = pipeline("text-generation", model=sys.argv[1])
+print(sum("SCAPLinear" in type(module).__name__ for module in generate.model.modules()), "pruned layers")
 print(generate("The Eiffel Tower is in", max_new_tokens=8, do_sample=False)[0]["generated_text"])
 """
 
@@ -118,7 +120,10 @@ def test_the_dense_model_is_still_in_there(sparse_torch: Path, smollm2: Path, tm
 
 
 def test_pipelines(sparse_torch: Path) -> None:
-    assert "The Eiffel Tower is in Paris" in run(PIPELINE, sparse_torch)
+    model, tokenizer = (cls.from_pretrained(sparse_torch) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    expected = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert run(PIPELINE, sparse_torch).endswith(f"90 pruned layers\n{expected}\n")
 
 
 def test_parameters_from_a_file_on_either_backend(
