@@ -40,8 +40,8 @@ class SCAPConfig(BaseModel):
         num_samples: number of calibration samples.
         seq_len: tokens per calibration sample.
         seed: seed of every random choice made during calibration.
-        apply_to: `all` prunes every forward; `decode` leaves forwards over several tokens (prefill) dense, where
-            pruning costs quality and saves no time. PyTorch models only.
+        apply_to: `all` prunes every forward; `decode` only those of one token per sequence, and leaves prefill dense,
+            where pruning saves no time. Calibration prunes every forward either way.
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field that is wrong.

@@ -15,9 +15,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import openvino as ov
 import torch
 from machine import describe_machine
 from optimum.intel import OVModelForCausalLM
@@ -28,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_scap import SCAPConfig, sparsify_activations
 from optimum_scap.evaluation.perplexity import perplexity, token_samples
 from optimum_scap.openvino.backend import read_parameters as read_openvino_parameters
-from optimum_scap.openvino.inference import EXACT
+from optimum_scap.openvino.inference import EXACT, Runner, model_with_outputs
+from optimum_scap.openvino.threshold_ops import find_threshold_ops
 from optimum_scap.torch.backend import pruned_layers, read_parameters
 
 
@@ -92,23 +97,68 @@ def _compare_thresholds(torch_model: Any, openvino_model: OVModelForCausalLM) ->
 def _compare_logits(
     torch_model: Any, openvino_model: OVModelForCausalLM, tokenizer: Any, text: str, max_tokens: int
 ) -> dict[str, float]:
-    """Relative differences per token; and until where a window is the same, before a first activation flips."""
-    differences, agreed = [], []
+    """Relative differences per token: each with its own masks, and PyTorch with the masks that the IR decided on.
+
+    Also until where a window is the same, before a first activation flips.
+    """
+    differences, agreed, same_masks = [], [], []
+    masked = openvino_model.model.clone()
+    ops = find_threshold_ops(masked)
+    runner = Runner(model_with_outputs(masked, [_logits(masked), *(match.mask for match in ops)]))
     for sample in token_samples(tokenizer, text, window=512, max_tokens=max_tokens):
         ids = torch.from_numpy(sample)
         with torch.no_grad():
             ours = torch_model(ids).logits[0]
-        theirs = torch.as_tensor(openvino_model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)[0]
-        difference = ((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).tolist()
+        count = sample.shape[1]
+        inputs = {"input_ids": sample, "attention_mask": np.ones_like(sample), "beam_idx": np.zeros(1, np.int32)}
+        inputs["position_ids"] = np.arange(count, dtype=np.int64)[None]
+        logits, *masks = (torch.tensor(value) for value in runner(inputs))
+        difference = _differences(ours, logits[0])
         differences += difference
         agreed.append(next((i for i, value in enumerate(difference) if value > 1e-2), len(difference)))
+        with _masks_in_force(torch_model, {match.layer.path: mask for match, mask in zip(ops, masks, strict=True)}):
+            same_masks += _differences(torch_model(ids).logits[0], logits[0])
     return {
         "median": statistics.median(differences),
         "largest": max(differences),
         "within 1e-2": sum(value <= 1e-2 for value in differences) / len(differences),
         "first token of a window, largest": max(differences[::512]),
         "tokens until the first difference above 1e-2, median": statistics.median(agreed),
+        "with the IR's masks, largest": max(same_masks),
     }
+
+
+def _logits(model: ov.Model) -> ov.Output:
+    return next(result.input_value(0) for result in model.get_results() if "logits" in result.output(0).get_names())
+
+
+def _differences(ours: torch.Tensor, theirs: torch.Tensor) -> list[float]:
+    return ((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).tolist()
+
+
+@contextmanager
+def _masks_in_force(model: Any, masks: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Every pruned layer prunes what `masks` (true where pruned, by module path) say instead of deciding itself."""
+    layers = pruned_layers(model)
+    thresholds = {path: module.scap_threshold for path, module in layers.items()}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, inputs, mask=masks[path]: torch.where(mask, module.scap_mode, inputs[0])
+        )
+        for path, module in layers.items()
+    ]
+    _set_thresholds(layers, dict.fromkeys(layers, -1.0))  # keeps everything
+    with torch.no_grad():
+        yield
+    _set_thresholds(layers, thresholds)
+    for handle in handles:
+        handle.remove()
+
+
+def _set_thresholds(layers: dict[str, Any], thresholds: dict[str, float]) -> None:
+    for path, module in layers.items():
+        module.scap_threshold = thresholds[path]
+        module.prepare()
 
 
 def _all_against_decode(model: Any, tokenizer: Any, text: str, count: int) -> dict[str, float]:
@@ -124,14 +174,11 @@ def _all_against_decode(model: Any, tokenizer: Any, text: str, count: int) -> di
         set_apply_to(name)
         losses = [_continuation_loss(model, ids) for ids in windows]
         values[name] = math.exp(statistics.fmean(losses))
-    thresholds = {path: module.scap_threshold for path, module in pruned_layers(model).items()}
-    for module in pruned_layers(model).values():
-        module.scap_threshold = -1.0
-        module.prepare()
+    layers = pruned_layers(model)
+    thresholds = {path: module.scap_threshold for path, module in layers.items()}
+    _set_thresholds(layers, dict.fromkeys(layers, -1.0))
     values["dense"] = math.exp(statistics.fmean(_continuation_loss(model, ids) for ids in windows))
-    for path, module in pruned_layers(model).items():
-        module.scap_threshold = thresholds[path]
-        module.prepare()
+    _set_thresholds(layers, thresholds)
     set_apply_to("all")
     return values
 

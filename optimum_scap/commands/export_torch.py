@@ -7,7 +7,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import SCAPConfig
 from .errors import errors_for_humans
-from .flags import add_apply_to_flag, add_scap_flags, what_to_apply
+from .flags import add_scap_flags, what_to_apply
 from .staging import check_output, check_output_is_not_model, staged_output
 
 
@@ -31,7 +31,7 @@ class TorchExportCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--trust-remote-code", action="store_true", help="Allow code that the model brings with it."
         )
-        add_apply_to_flag(add_scap_flags(parser, required=True))
+        add_scap_flags(parser, required=True)
 
     def run(self) -> None:
         args = self.args

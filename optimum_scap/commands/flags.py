@@ -68,19 +68,15 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
         action="append",
         help="Leave layers dense whose module path matches this regular expression. May be repeated.",
     )
-    return group
-
-
-def add_apply_to_flag(group: _ArgumentGroup) -> None:
-    """Adds --scap-apply-to, which only PyTorch checkpoints know."""
     group.add_argument(
         "--scap-apply-to",
         choices=get_args(ApplyTo),
         help=(
             "all: every forward is sparse; decode: forwards over several tokens (prefill) stay dense. "
-            f"Default: {SCAPConfig.model_fields['apply_to'].default}."
+            f"Default: {fields['apply_to'].default}."
         ),
     )
+    return group
 
 
 def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
@@ -95,7 +91,7 @@ def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
         args, "--scap-parameters, which calibrates nothing", ("scap_parameters", "scap_apply_to", "scap_fused")
     )
     parameters = load_parameters(args.scap_parameters)
-    if getattr(args, "scap_apply_to", None) is None:
+    if args.scap_apply_to is None:
         return parameters
     config = parameters.config.model_copy(update={"apply_to": args.scap_apply_to})
     return parameters.model_copy(update={"config": config})
@@ -112,7 +108,7 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         "num_samples": args.scap_num_samples,
         "seq_len": args.scap_seq_len,
         "exclude": tuple(args.scap_exclude) if args.scap_exclude else None,
-        "apply_to": getattr(args, "scap_apply_to", None),
+        "apply_to": args.scap_apply_to,
     }
     try:
         return SCAPConfig.from_spec(

@@ -98,7 +98,8 @@ def _insert(model: ov.Model, layers: Mapping[str, FullyConnected], parameters: S
         key = (source.get_node().get_name(), source.get_index(), layer.mode, layer.threshold)
         shared.setdefault(key, []).append(layers[path])
     for (_, _, mode, threshold), group in shared.items():
-        insert_threshold_ops(group, Thresholding(np.float32(mode), np.float32(threshold)))
+        thresholding = Thresholding(np.float32(mode), np.float32(threshold))
+        insert_threshold_ops(group, thresholding, decode_only=parameters.config.apply_to == "decode")
     model.validate_nodes_and_infer_types()
     model.set_rt_info(parameters.model_dump_json(), _RT_INFO)
 
@@ -110,13 +111,8 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
         The fully connected layers by module path, per model.
 
     Raises:
-        SCAPError: if a model is sparse already, nothing in any of them matches the config, or the config asks for what
-            an IR cannot express.
+        SCAPError: if a model is sparse already, or nothing in any of them matches the config.
     """
-    if config.apply_to != "all":
-        raise SCAPError(
-            f"apply_to {config.apply_to!r} is for PyTorch models; an OpenVINO model prunes every token (all)"
-        )
     for name, model in models.items():
         if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
             raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")

@@ -84,7 +84,12 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
     for group in groups:
         ops = group[0].ops
         node = create_linear(
-            ops.source, [layer.packed for layer in group], mode=ops.mode, threshold=ops.threshold, **common
+            ops.source,
+            [layer.packed for layer in group],
+            mode=ops.mode,
+            threshold=ops.threshold,
+            decode_only=ops.decode_only,
+            **common,
         )
         node.set_friendly_name(f"{ops.layer.path}/scap/SCAPLinear")
         for index, layer in enumerate(group):
@@ -145,21 +150,25 @@ def _find_feed_forward(
             if activation is None or not _read_once(activated) or not _read_once(linear):
                 continue
             source = activated.get_node().input_value(0)
-            projections = _layers_with_outputs((source, linear), groups)
+            projections = _layers_with_outputs((source, linear), groups, down.decode_only)
             if projections is not None and _read_once(source):
                 return projections, activation
     activation = _activation(hidden)
     if activation is not None:
         source = hidden.input_value(0)
-        projections = _layers_with_outputs((source,), groups)
+        projections = _layers_with_outputs((source,), groups, down.decode_only)
         if projections is not None and _read_once(source):
             return projections, activation
     return None
 
 
-def _layers_with_outputs(outputs: tuple[ov.Output, ...], groups: list[list[_FusedLayer]]) -> list[_FusedLayer] | None:
+def _layers_with_outputs(
+    outputs: tuple[ov.Output, ...], groups: list[list[_FusedLayer]], decode_only: bool
+) -> list[_FusedLayer] | None:
     """The layers that make up one group and have exactly these outputs, in this order."""
     for group in groups:
+        if group[0].ops.decode_only != decode_only:
+            continue
         by_name = {layer.output.get_node().get_name(): layer for layer in group}
         names = [output.get_node().get_name() for output in outputs]
         if len(group) == len(outputs) == len(set(names)) and all(name in by_name for name in names):
@@ -188,6 +197,7 @@ def _replace_feed_forward(
         activation,
         mode=ops.mode,
         threshold=ops.threshold,
+        decode_only=ops.decode_only,
         hidden_mode=down.ops.mode,
         hidden_threshold=down.ops.threshold,
         **common,

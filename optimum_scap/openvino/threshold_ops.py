@@ -5,10 +5,11 @@ In front of a fully connected layer `y = W x + b` stands
     mode == 0:  Abs(x) -> LessEqual(t) -> Select(0, x)                                   -> MatMul
     mode != 0:  d = Subtract(x, m);  Abs(d) -> LessEqual(t) -> Select(0, d)              -> MatMul -> Add(b + m * W.1)
     quantised activations, mode != 0:  as above, but Select(m, x) -> FakeQuantize        -> MatMul
+    decode only:  as above, with Select(tokens == 1, t, 0) for t, tokens being x's last dimension but one
 
 which is `keep_i = |x_i - m| > t` in float32 (a NaN is kept). Without the mode this is the pattern that NNCF's torch
 backend exports. Where the activations are quantised too, the quantiser was calibrated on x, not on x - m: what is
-pruned becomes m itself there, and nothing is folded.
+pruned becomes m itself there, and nothing is folded. A threshold of 0 prunes nothing that would count.
 """
 
 from collections.abc import Sequence
@@ -33,20 +34,29 @@ class ThresholdOps:
     source: ov.Output  # the activations before pruning
     mode: float
     threshold: float
+    decode_only: bool  # whether only forwards of one token per sequence are pruned
     centred: bool  # whether the layer reads x - mode (the mode is in its bias) rather than x
     nodes: frozenset[str]  # names of the operations that read `source`
 
 
-def insert_threshold_ops(layers: Sequence[FullyConnected], thresholding: Thresholding) -> None:
+def insert_threshold_ops(
+    layers: Sequence[FullyConnected], thresholding: Thresholding, *, decode_only: bool = False
+) -> None:
     """Prunes the shared input of `layers` in place, folding the mode into each layer's bias.
 
     Args:
         layers: fully connected layers that read the same activations through the same quantisers.
         thresholding: float32 mode and threshold.
+        decode_only: prune only where the activations `[..., tokens, channels]` hold one token per sequence.
     """
     mode = np.float32(thresholding.mode)
     source = _source_in_float32(layers[0])
     threshold = _scalar(np.float32(thresholding.threshold), "threshold", layers[0])
+    rank = source.get_partial_shape().rank.get_length()
+    if decode_only and rank > 1:
+        tokens = opset.gather(opset.shape_of(source), opset.constant(rank - 2), opset.constant(0))
+        one_token = opset.equal(tokens, opset.constant(1))
+        threshold = opset.select(one_token, threshold, opset.constant(np.float32(0.0)))
     mode_constant = _scalar(mode, "mode", layers[0])
     if mode != 0 and layers[0].quantizers:
         select = _select_mode(source, mode_constant, threshold)
@@ -107,12 +117,18 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
         return None
     mask, fill, kept = select.input_values()
     less_equal = mask.get_node()
-    if less_equal.get_type_name() != "LessEqual" or not is_constant(less_equal.input_value(1)):
+    if less_equal.get_type_name() != "LessEqual":
         return None
     magnitude = _skip_convert(less_equal.input_value(0)).get_node()
     if magnitude.get_type_name() != "Abs" or not is_constant(fill):
         return None
-    threshold, fill_value = (evaluate_constant(value) for value in (less_equal.input_value(1), fill))
+    threshold_output, shape_of = less_equal.input_value(1), None
+    if not is_constant(threshold_output):
+        in_decode = _threshold_in_decode(threshold_output, magnitude.input_value(0))
+        if in_decode is None:
+            return None
+        threshold_output, shape_of = in_decode
+    threshold, fill_value = (evaluate_constant(value) for value in (threshold_output, fill))
     if threshold.size != 1 or fill_value.size != 1:
         return None
     centred = magnitude.input_value(0)
@@ -128,18 +144,59 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
     reads_source = _same(kept, source) and fill_value.item() == mode
     if not reads_centred and not reads_source:
         return None
-    nodes = frozenset(node.get_name() for node in (select, magnitude, subtract))
-    return ThresholdOps(layer, select, mask, source, float(mode), float(threshold.item()), reads_centred, nodes)
+    readers = (select, magnitude, subtract) if shape_of is None else (select, magnitude, subtract, shape_of)
+    nodes = frozenset(node.get_name() for node in readers)
+    return ThresholdOps(
+        layer=layer,
+        select=select,
+        mask=mask,
+        source=source,
+        mode=float(mode),
+        threshold=float(threshold.item()),
+        decode_only=shape_of is not None,
+        centred=reads_centred,
+        nodes=nodes,
+    )
+
+
+def _threshold_in_decode(threshold: ov.Output, centred: ov.Output) -> tuple[ov.Output, ov.Node] | None:
+    """t and the ShapeOf, if `threshold` is Select(tokens == 1, t, 0) and tokens the last dimension but one."""
+    select = _skip_conversions(threshold).get_node()
+    if select.get_type_name() != "Select":
+        return None
+    condition, in_decode, otherwise = (_skip_conversions(value) for value in select.input_values())
+    equal = condition.get_node()
+    if equal.get_type_name() != "Equal" or not is_constant(in_decode) or not is_constant(otherwise):
+        return None
+    tokens, one = (_skip_conversions(value) for value in equal.input_values())
+    gather = tokens.get_node()
+    if gather.get_type_name() != "Gather" or not is_constant(one):
+        return None
+    shape, index = gather.input_value(0), gather.input_value(1)
+    shape_of = _skip_conversions(shape).get_node()
+    if shape_of.get_type_name() != "ShapeOf" or not is_constant(index):
+        return None
+    # x and x - m have one shape; which of them is asked does not matter.
+    asked, subtract = shape_of.input_value(0), centred.get_node()
+    own = _same(asked, centred) or (bool(subtract.inputs()) and _same(asked, subtract.input_value(0)))
+    dimension = int(evaluate_constant(index).item())
+    rank = centred.get_partial_shape().rank.get_length()
+    is_decode = evaluate_constant(one).item() == 1 and evaluate_constant(otherwise).item() <= 0
+    return (in_decode, shape_of) if own and is_decode and dimension in (rank - 2, -2) else None
 
 
 def pruned_fractions(ops: Sequence[ThresholdOps]) -> list[ov.Output]:
-    """One scalar output per layer: the fraction of its input channels that one inference prunes."""
-    return [
-        opset.reduce_mean(
-            opset.convert(match.mask, "f32"), _all_axes(match.mask.get_partial_shape().rank.get_length())
-        ).output(0)
-        for match in ops
-    ]
+    """One scalar output per layer: the fraction of its input channels that one inference prunes.
+
+    Of a layer that is pruned in decode only, the fraction that decoding the same tokens one by one would prune.
+    """
+    fractions = []
+    for match in ops:
+        magnitude = match.mask.get_node().input_value(0)
+        mask = opset.less_equal(magnitude, opset.constant(np.float32(match.threshold)))
+        axes = _all_axes(magnitude.get_partial_shape().rank.get_length())
+        fractions.append(opset.reduce_mean(opset.convert(mask, "f32"), axes).output(0))
+    return fractions
 
 
 def _all_axes(rank: int) -> ov.Node:
@@ -152,6 +209,13 @@ def _same(a: ov.Output, b: ov.Output) -> bool:
 
 def _skip_convert(value: ov.Output) -> ov.Output:
     while value.get_node().get_type_name() == "Convert":
+        value = value.get_node().input_value(0)
+    return value
+
+
+def _skip_conversions(value: ov.Output) -> ov.Output:
+    """What `value` is made of, without changes of type and of the number of dimensions."""
+    while value.get_node().get_type_name() in ("Convert", "ConvertLike", "Squeeze", "Unsqueeze", "Reshape"):
         value = value.get_node().input_value(0)
     return value
 

@@ -144,7 +144,11 @@ class _PrunedInput:
     def _forward_in_exported_form(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operations that an exported OpenVINO IR holds: Abs -> LessEqual -> Select, the mode in the bias."""
         centred = x if self.scap_mode == 0.0 else x - self.scap_mode
-        pruned = torch.where(centred.abs() <= self.scap_threshold, torch.zeros((), dtype=x.dtype), centred)
+        threshold: Any = self.scap_threshold
+        if self.scap_apply_to == "decode" and x.dim() > 1:  # read from the shape of whatever the export is given
+            one_token = torch._shape_as_tensor(x)[-2] == 1
+            threshold = torch.where(one_token, threshold, 0.0)
+        pruned = torch.where(centred.abs() <= threshold, torch.zeros((), dtype=x.dtype), centred)
         if self.scap_mode == 0.0:
             return F.linear(pruned, weight, self.bias)
         assert self.scap_folded_bias is not None

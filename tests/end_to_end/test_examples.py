@@ -48,8 +48,26 @@ def test_both_backends_agree(smollm2: Path, texts: tuple[Path, Path], tmp_path: 
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["thresholds"]["layers"] == 90 and found["thresholds"]["largest"] < 0.01
     assert found["logits"]["first token of a window, largest"] < 1e-3
+    assert found["logits"]["with the IR's masks, largest"] < 1e-2
     values = list(found["perplexity"].values())
     assert max(values) / min(values) < 1.03
+
+
+def test_generate(smollm2: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from optimum_scap import load_parameters, sparsify_activations
+
+    entry = {"module_name": "", "demode_method": "zero", "mode": 0.0, "threshold": 0.05, "target_sparsity": 0.3}
+    (tmp_path / "thresholds.json").write_text(json.dumps({"model.layers.0.mlp.up_proj": entry}))
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    sparsify_activations(model, load_parameters(tmp_path / "thresholds.json")).save_pretrained(tmp_path / "sparse")
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(tmp_path / "sparse")
+    command = [sys.executable, EXAMPLES / "generate_gpu.py", tmp_path / "sparse", "The capital of France is"]
+    result = subprocess.run([*command, "--new-tokens", "8"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("The capital of France is Paris") == 2
+    assert "SCAP / dense: " in result.stdout
 
 
 def test_calibration_in_pytorch_against_the_references_way(tmp_path: Path) -> None:

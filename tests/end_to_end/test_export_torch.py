@@ -169,6 +169,19 @@ def test_decode_only(smollm2: Path, sparse_torch: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found["many"], dense, atol=1e-3, rtol=1e-3)
     assert torch.equal(found["one"], sparse["one"])
 
+    from optimum.intel import OVModelForCausalLM
+
+    command = ("export", "openvino", "-m", tmp_path / "decode", "--weight-format", "fp32", "--task", TASK)
+    result = optimum_cli(*command, tmp_path / "openvino")
+    assert result.returncode == 0, result.stderr
+    model = OVModelForCausalLM.from_pretrained(tmp_path / "openvino", ov_config=EXACT)
+    ops = find_threshold_ops(model.model)
+    assert len(ops) == 90 and all(match.decode_only for match in ops)
+    for name, expected in (("many", dense), ("one", sparse["one"])):
+        ids = torch.arange(100, 140)[None] if name == "many" else torch.arange(100, 101)[None]
+        exported = torch.as_tensor(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+        assert (exported - expected).norm() < 1e-3 * expected.norm(), name
+
 
 def test_export_to_openvino_keeps_the_thresholds(sparse_torch: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     from optimum.intel import OVModelForCausalLM

@@ -109,6 +109,29 @@ def test_conv1d_layout_and_existing_bias() -> None:
     assert np.linalg.norm(infer(sparse, data[0]) - expected) < 1e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_decode_only_prunes_forwards_of_one_token_per_sequence(mode: str, tmp_path) -> None:
+    data = samples(offset=0.3)
+    dense = gated_ffn()
+    config = SCAPConfig.from_spec("up=0.4,gate=0.4,down=0.6", mode=mode)
+    everywhere = sparsify_activations(dense.clone(), config, data)
+    decode = sparsify_activations(dense.clone(), config.model_copy(update={"apply_to": "decode"}), data)
+    assert read_parameters(decode).layers == read_parameters(everywhere).layers  # calibrated alike
+    assert read_parameters(decode).config.apply_to == "decode"
+    ov.save_model(decode, tmp_path / "model.xml", compress_to_fp16=False)
+    decode = ov.Core().read_model(tmp_path / "model.xml")
+    assert [match.decode_only for match in find_threshold_ops(decode)] == [True] * 6
+    assert [match.threshold for match in find_threshold_ops(decode)] == [
+        match.threshold for match in find_threshold_ops(everywhere)
+    ]
+    assert measure_sparsity(decode, data[:1]).keys() == read_parameters(decode).layers.keys()
+    for tokens, expected in ((1, everywhere), (2, dense), (40, dense)):
+        x = np.concatenate([sample["x"][:, :tokens] for sample in data])  # several sequences
+        found, wanted = infer(decode, {"x": x}), infer(expected, {"x": x})
+        assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+    assert np.abs(infer(everywhere, {"x": data[0]["x"]}) - infer(dense, {"x": data[0]["x"]})).max() > 0.1
+
+
 def test_padding_tokens_do_not_count() -> None:
     x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
     x.output(0).set_names({"x"})

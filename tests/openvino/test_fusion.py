@@ -46,6 +46,20 @@ def test_a_whole_ffn_becomes_one_operation(weights: str, mode: str) -> None:
         assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
 
 
+@pytest.mark.parametrize(("spec", "kind"), [(SPEC, "SCAPFeedForward"), ("up=0.4,gate=0.4", "SCAPLinear")])
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_decode_only_is_fused_too(mode: str, spec: str, kind: str) -> None:
+    data = samples(offset=0.3)
+    config = SCAPConfig.from_spec(spec, mode=mode, apply_to="decode")
+    portable = sparsify_activations(compressed(gated_ffn(), "int8_asym"), config, data)
+    fused = portable.clone()
+    assert not fuse(fused, precision="f32").kept
+    assert kinds(fused)[kind] == 2 and kinds(fused)["Select"] == 0
+    assert not any(node.get_type_name() == "ShapeOf" for node in fused.get_ops())
+    for rows in (1, 2, 40):
+        assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
+
+
 def test_layers_that_are_no_whole_ffn_are_fused_one_input_at_a_time() -> None:
     data = samples()
     portable = sparsify_activations(gated_ffn(), "up=0.4,gate=0.4", data)

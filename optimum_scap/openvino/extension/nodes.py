@@ -24,6 +24,7 @@ def create_linear(
     *,
     mode: float = 0.0,
     threshold: float = 0.0,
+    decode_only: bool = False,
     precision: str = "split",
     library: Path | None = None,
 ) -> ov.Node:
@@ -33,6 +34,7 @@ def create_linear(
         x: float32 ``[..., in_features]``.
         layers: all with the same in_features.
         mode, threshold: keep where ``|x - mode| > threshold``; finite, threshold not negative (0 is dense).
+        decode_only: dense where the last dimension of ``x`` but one (the tokens of a sequence) is not 1.
         precision: ``f32``, ``split`` (relative error below 1e-3) or ``bf16`` (float weights and many rows in bf16).
         library: a library of ``build_extension``; default builds (or finds) the native one.
 
@@ -40,7 +42,7 @@ def create_linear(
         ExtensionBuildError: the extension cannot be built.
         RuntimeError: attributes or shapes that do not fit together.
     """
-    attributes = _attributes(layers, mode, threshold, precision)
+    attributes = _attributes(layers, mode, threshold, decode_only, precision)
     return _factory(library or build_extension()).create("SCAPLinear", _inputs(x, layers), attributes)
 
 
@@ -51,6 +53,7 @@ def create_feed_forward(
     *,
     mode: float = 0.0,
     threshold: float = 0.0,
+    decode_only: bool = False,
     hidden_mode: float = 0.0,
     hidden_threshold: float = 0.0,
     precision: str = "split",
@@ -67,7 +70,7 @@ def create_feed_forward(
         ExtensionBuildError: the extension cannot be built.
         RuntimeError: attributes or shapes that do not fit together.
     """
-    attributes = _attributes(layers, mode, threshold, precision) | {
+    attributes = _attributes(layers, mode, threshold, decode_only, precision) | {
         "activation": activation,
         "hidden_mode": float(np.float32(hidden_mode)),
         "hidden_threshold": float(np.float32(hidden_threshold)),
@@ -88,7 +91,9 @@ def _inputs(x: ov.Output | ov.Node, layers: Sequence[PackedLayer]) -> list[ov.Ou
     return [x if isinstance(x, ov.Output) else x.output(0), *(c.output(0) for c in constants)]
 
 
-def _attributes(layers: Sequence[PackedLayer], mode: float, threshold: float, precision: str) -> dict:
+def _attributes(
+    layers: Sequence[PackedLayer], mode: float, threshold: float, decode_only: bool, precision: str
+) -> dict:
     return {
         "in_features": layers[0].in_features,
         "out_features": [layer.out_features for layer in layers],
@@ -99,5 +104,6 @@ def _attributes(layers: Sequence[PackedLayer], mode: float, threshold: float, pr
         "has_bias": [int(layer.has_bias) for layer in layers],
         "mode": float(np.float32(mode)),
         "threshold": float(np.float32(threshold)),
+        "decode_only": bool(decode_only),
         "precision": precision,
     }

@@ -58,6 +58,7 @@ bool SparseOp::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("has_bias", attributes_.has_bias);
     visitor.on_attribute("mode", attributes_.mode);
     visitor.on_attribute("threshold", attributes_.threshold);
+    visitor.on_attribute("decode_only", attributes_.decode_only);
     visitor.on_attribute("precision", attributes_.precision);
     return true;
 }
@@ -66,6 +67,11 @@ void SparseOp::check_threshold(float mode, float threshold, const char* name) co
     NODE_VALIDATION_CHECK(this, std::isfinite(mode) && std::isfinite(threshold) && threshold >= 0.0f, name,
                           " and its mode must be finite, and the threshold not negative; got ", threshold, " and ",
                           mode);
+}
+
+Threshold SparseOp::threshold_for(const ov::Shape& shape, float mode, float threshold) const {
+    const bool dense = attributes_.decode_only && shape.size() > 1 && shape[shape.size() - 2] != 1;
+    return Threshold{mode, dense ? 0.0f : threshold};
 }
 
 void SparseOp::validate_layers() {
@@ -170,7 +176,8 @@ bool SCAPLinear::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inp
         y[i] = set_output(outputs[i], shape, attributes_.out_features[i]);
     }
     if (rows > 0) {
-        sparse_linear(inputs[0].data<const float>(), rows, input_threshold(), layers, parsed_precision_, y.data());
+        const Threshold threshold = threshold_for(inputs[0].get_shape(), attributes_.mode, attributes_.threshold);
+        sparse_linear(inputs[0].data<const float>(), rows, threshold, layers, parsed_precision_, y.data());
     }
     return true;
 }
@@ -209,9 +216,11 @@ bool SCAPFeedForward::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     const ov::Shape shape = leading_shape(inputs[0], attributes_.in_features, &rows);
     float* y = set_output(outputs[0], shape, attributes_.out_features.back());
     if (rows > 0) {
-        sparse_ffn(inputs[0].data<const float>(), rows, input_threshold(),
-                   Threshold{attributes_.hidden_mode, attributes_.hidden_threshold}, parsed_activation_, layers,
-                   parsed_precision_, y);
+        const ov::Shape& x_shape = inputs[0].get_shape();
+        sparse_ffn(inputs[0].data<const float>(), rows,
+                   threshold_for(x_shape, attributes_.mode, attributes_.threshold),
+                   threshold_for(x_shape, attributes_.hidden_mode, attributes_.hidden_threshold), parsed_activation_,
+                   layers, parsed_precision_, y);
     }
     return true;
 }

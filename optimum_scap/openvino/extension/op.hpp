@@ -29,9 +29,9 @@ protected:
     ov::PartialShape output_shape(int64_t out_features) const;
     /// The layers with this call's pointers. Throws where a tensor is not what validation saw.
     std::vector<Weights> bind(const ov::TensorVector& inputs) const;
-    Threshold input_threshold() const {
-        return Threshold{attributes_.mode, attributes_.threshold};
-    }
+    /// What prunes an input of shape [..., tokens, channels]: nothing (a threshold of 0) if only decode is pruned and
+    /// there are several tokens.
+    Threshold threshold_for(const ov::Shape& shape, float mode, float threshold) const;
     void check_threshold(float mode, float threshold, const char* name) const;
     /// Input features of layer i.
     virtual int64_t layer_in_features(size_t i) const = 0;
@@ -46,6 +46,7 @@ protected:
         std::vector<int64_t> has_bias;
         float mode = 0.0f;
         float threshold = 0.0f;
+        bool decode_only = false;
         std::string precision = "split";
         // SCAPFeedForward only
         std::string activation = "silu";
