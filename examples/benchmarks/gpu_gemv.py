@@ -1,6 +1,6 @@
 """One-token sparse linear layers on a GPU, beside cuBLAS and, where there are checkouts of them, other kernels.
 
-    python examples/benchmarks/gpu_gemv.py --output gemv.json [--teal path/to/TEAL] [--cats path/to/flash_gemv/..]
+    python examples/benchmarks/gpu_gemv.py --output gemv.json [--teal path/to/TEAL] [--cats path/to/CATS]
 
 Every figure is the median time of one launch in a CUDA graph that walks through more weights than the L2 cache holds,
 with a new random input for each. `ideal` is the time it takes to read the weights of the kept channels (of a pair: of
@@ -8,10 +8,11 @@ both layers) at the bandwidth of a large copy on the same GPU.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import statistics
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,24 @@ def baselines(teal: Path | None, cats: Path | None) -> dict[str, Baseline]:
     """The kernels of the checkouts that the user has."""
     found: dict[str, Baseline] = {}
     if teal is not None:
-        sys.path.insert(0, str(teal / "kernels"))
-        teal_gemv = importlib.import_module("sparse_gemv").splitk_sparse_gemv
+        # Its wrapper for torch.compile, which needs another package, plays no part here.
+        sys.modules.setdefault("compile_wrapper", types.SimpleNamespace(BaseKernel=object))  # type: ignore[arg-type]
+        teal_gemv = _load(teal / "kernels" / "sparse_gemv.py").splitk_sparse_gemv
         found["TEAL"] = lambda x, weight, threshold, sparsity: teal_gemv(x, weight, threshold, int(100 * sparsity))
     if cats is not None:
-        sys.path.insert(0, str(cats))
-        cats_gemv = importlib.import_module("flash_gemv").gather_transposed_gemv_flag_3d
+        cats_gemv = _load(cats / "flash_gemv" / "flash_gemv" / "kernels.py").gather_transposed_gemv_flag_3d
         found["CATS"] = lambda x, weight, threshold, _: cats_gemv(x, weight.t(), x.abs() > threshold)
     return found
+
+
+def _load(file: Path) -> types.ModuleType:
+    """One file as a module, without the package around it (that of CATS wants its CUDA kernels compiled)."""
+    spec = importlib.util.spec_from_file_location(f"baseline_{file.stem}", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise SystemExit(f"{file} does not exist: is this the right checkout?")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def measure(
@@ -169,7 +180,7 @@ def main() -> None:
     )
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.0, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--teal", type=Path, help="checkout of github.com/FasterDecoding/TEAL to compare with")
-    parser.add_argument("--cats", type=Path, help="folder that holds the package flash_gemv (CATS), to compare with")
+    parser.add_argument("--cats", type=Path, help="checkout of github.com/ScalingIntelligence/CATS to compare with")
     arguments = parser.parse_args()
 
     others = baselines(arguments.teal, arguments.cats)
