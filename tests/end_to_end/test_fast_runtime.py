@@ -15,6 +15,7 @@ from conftest import optimum_cli
 from transformers import AutoTokenizer
 
 import optimum_scap
+from optimum_scap.openvino.extension.build import build_extension, find_compiler, openvino_flags
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 
@@ -152,6 +153,29 @@ def test_openvino_genai_runs_the_fused_ir_and_gives_the_same_tokens(sparse_int8:
         inputs = tokenizer(prompt, return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert tokenizer.decode(tokens, skip_special_tokens=True) == answer
+
+
+def test_a_c_plus_plus_program_runs_the_fused_ir(sparse_int8: Path, tmp_path: Path) -> None:
+    result = optimum_cli("scap", "fuse", sparse_int8, tmp_path / "fused")
+    assert result.returncode == 0, result.stderr
+    source = Path(__file__).parents[2] / "examples" / "cpp" / "run_fused_model.cpp"
+    program = tmp_path / "run_fused_model"
+    command = [*find_compiler(), "-O1", "-std=c++17", source, "-o", program, *openvino_flags()]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    model_file, library = tmp_path / "fused" / "openvino_model.xml", build_extension()
+    prompt = AutoTokenizer.from_pretrained(sparse_int8)(PROMPTS[0])["input_ids"]
+    run = subprocess.run(
+        [program, model_file, library, "12", *map(str, prompt)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    model = optimum_scap.OVModelForCausalLM.from_pretrained(tmp_path / "fused")
+    ids = torch.tensor([prompt])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    tokens = expected[0, len(prompt) :].tolist()  # generate() ends with the text, the program does not
+    assert len(tokens) >= 8 and [int(token) for token in run.stdout.split()][: len(tokens)] == tokens
+    without_library = subprocess.run([program, model_file, tmp_path / "none.so", "1", "5"], capture_output=True)
+    assert without_library.returncode == 1 and b"none.so" in without_library.stderr
 
 
 def test_benchmark_prints_and_writes_what_it_measured(sparse_int8: Path, dense_int8: Path, tmp_path: Path) -> None:
