@@ -114,13 +114,11 @@ def fuse_folder(source: Path, output: Path) -> Path:
     Raises:
         SCAPError: if nothing in the folder can be fused or the extension cannot be built.
     """
-    from .extension.build import ExtensionBuildError, build_extension
-    from .modeling import fused_clone
+    from .extension.build import build_extension
+    from .modeling import extend_core, fused_clone
 
-    try:
-        library = build_extension()
-    except ExtensionBuildError as error:
-        raise SCAPError(f"the C++ operations cannot be built: {error}") from error
+    library = build_extension()
+    extend_core(library)
     fused = {}
     for path in model_files(source):
         model = _read_model(path)

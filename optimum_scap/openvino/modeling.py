@@ -19,8 +19,10 @@ import openvino as ov
 import optimum.intel
 from optimum.intel.openvino import modeling_base
 
+from ..errors import first_line
 from .extension.build import ExtensionBuildError, build_extension
 from .fusion import fuse
+from .threshold_ops import find_threshold_ops
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class SparseRuntimeMixin:
         if isinstance(model, str | Path):  # compile_only=True never holds the model itself
             path = Path(model)
             model_save_dir = model_save_dir or path.parent
-            model = fused_clone(ov.Core().read_model(path), device, ov_config)
+            model = fused_clone(modeling_base.core.read_model(path), device, ov_config)
         return optimum.intel.OVModelForCausalLM._compile_model(model, device, ov_config, model_save_dir)
 
 
@@ -66,7 +68,20 @@ def _read_fused_folders(model_id: Any) -> None:
     """Lets optimum-intel read a folder whose IR holds the operations already (`optimum-cli scap fuse`)."""
     folder = Path(str(model_id))
     if folder.is_dir() and any(_OPSET_MARK in path.read_bytes() for path in folder.glob("openvino_*.xml")):
-        modeling_base.core.add_extension(str(build_extension()))
+        extend_core(build_extension())
+
+
+@lru_cache
+def extend_core(library: Path) -> None:
+    """Lets the core that optimum-intel compiles with read the operations: from an IR, and from the model cache.
+
+    Raises:
+        ExtensionBuildError: if the library cannot be loaded, for example from a disk mounted noexec.
+    """
+    try:
+        modeling_base.core.add_extension(str(library))
+    except RuntimeError as error:
+        raise ExtensionBuildError(f"the extension {library} cannot be loaded: {first_line(error)}") from error
 
 
 def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str, str] | None = None) -> ov.Model:
@@ -77,11 +92,13 @@ def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str
         device: the operations exist for the CPU only.
         ov_config: an `INFERENCE_PRECISION_HINT` of f32 asks for f32 arithmetic.
     """
-    if (device or "CPU").upper() != "CPU":
+    if (device or "CPU").upper() != "CPU" or not find_threshold_ops(model):
         return model
     clone = model.clone()
     try:
-        report = fuse(clone, precision=_precision(ov_config))
+        library = build_extension()
+        extend_core(library)
+        report = fuse(clone, precision=_precision(ov_config), library=library)
     except ExtensionBuildError as error:
         warnings.warn(f"SCAP runs with OpenVINO's own operations, at the dense speed: {error}", stacklevel=2)
         return model

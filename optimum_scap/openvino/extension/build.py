@@ -21,6 +21,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ...errors import SCAPError
+
 
 SOURCE_DIR = Path(__file__).parent
 BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
@@ -37,14 +39,15 @@ ISA_FLAGS = {
 }
 
 
-class ExtensionBuildError(RuntimeError):
-    """The extension cannot be built here; the message says why, with what the compiler said."""
+class ExtensionBuildError(SCAPError):
+    """The extension cannot be built or loaded here; the message says why, with what the compiler said."""
 
 
 def build_extension(isa: str | None = None, cache_dir: str | os.PathLike | None = None) -> Path:
     """Returns the path of the compiled extension, compiling it if it is not in the cache yet.
 
-    Concurrent calls, also from other processes, wait for one build. An interrupted build leaves no library behind.
+    Concurrent calls, also from other processes, wait for one build. An interrupted build leaves no library behind, and
+    a library that is damaged since is built again.
 
     Args:
         isa: a key of ``ISA_FLAGS``; default ``$OPTIMUM_SCAP_ISA`` or ``native``.
@@ -56,12 +59,12 @@ def build_extension(isa: str | None = None, cache_dir: str | os.PathLike | None 
     command, library = _command(isa or os.environ.get("OPTIMUM_SCAP_ISA") or "native")
     folder = Path(cache_dir or default_cache_dir()) / "openvino-extension" / _key(command)
     target = folder / library
-    if target.exists():
-        return target
     try:
+        if _is_intact(target):
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            if not target.exists():
+            if not _is_intact(target):
                 _compile(command, target)
     except OSError as error:
         raise ExtensionBuildError(f"cannot build the OpenVINO extension in {folder}: {error}") from error
@@ -69,15 +72,22 @@ def build_extension(isa: str | None = None, cache_dir: str | os.PathLike | None 
 
 
 def default_cache_dir() -> Path:
-    """``$OPTIMUM_SCAP_CACHE``, or ``optimum_scap`` in the platform's user cache."""
+    """``$OPTIMUM_SCAP_CACHE``, or ``optimum_scap`` in the platform's user cache.
+
+    Raises:
+        ExtensionBuildError: the user has no home folder.
+    """
     if override := os.environ.get("OPTIMUM_SCAP_CACHE"):
         return Path(override)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # containers run as users that no file lists
+        raise ExtensionBuildError(f"{error} Set OPTIMUM_SCAP_CACHE to a folder for the extension.") from error
     return base / "optimum_scap"
 
 
@@ -170,6 +180,18 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
+def _is_intact(library: Path) -> bool:
+    """Whether the library is there as it was built: loading a truncated one can end the process."""
+    try:
+        return _digest_file(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
 def _compile(command: list[str], target: Path) -> None:
     # The lock is held: whatever an interrupted build left here is nobody's.
     for stale in target.parent.glob("build-*"):
@@ -180,4 +202,5 @@ def _compile(command: list[str], target: Path) -> None:
         if result.returncode != 0:
             lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()[-1:]
             raise ExtensionBuildError(f"{command[0]} failed to build the OpenVINO extension: {'; '.join(lines[:5])}")
+        _digest_file(target).write_text(hashlib.sha256(output.read_bytes()).hexdigest())
         os.replace(output, target)

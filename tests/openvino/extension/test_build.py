@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import os
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from conftest import optimum_cli_in_process
+from synthetic import gated_ffn, samples
 
+from optimum_scap import sparsify_activations
 from optimum_scap.openvino.extension import build
 from optimum_scap.openvino.extension.build import ExtensionBuildError, build_extension
+from optimum_scap.openvino.modeling import fused_clone
 
 
 @pytest.fixture
@@ -99,8 +106,113 @@ def test_no_headers(tmp_path, monkeypatch):
         build_extension(cache_dir=tmp_path)
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes everywhere")
-def test_a_cache_that_cannot_be_written(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ExtensionBuildError, match="cannot build"):
-        build_extension(cache_dir=tmp_path / "cache")
+FIRST_USE = """
+import json, sys
+import numpy as np, openvino as ov
+from optimum_scap.openvino.extension.nodes import create_linear
+from optimum_scap.openvino.extension.packing import pack_float
+x = ov.opset13.parameter([1, 64], np.float32)
+node = create_linear(x, [pack_float(np.full((3, 64), 0.5, np.float32))], threshold=0.5)
+compiled = ov.Core().compile_model(ov.Model([node.output(0)], [x]), "CPU")
+print(json.dumps(compiled(np.arange(64, dtype=np.float32)[None])[0].tolist()))
+"""
+
+
+def test_four_processes_that_use_it_first_at_once_build_it_once_and_all_run(tmp_path):
+    script, log = tmp_path / "logging-c++", tmp_path / "runs"
+    compiler = build.find_compiler()[0]
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo run >> {log}\nexec {compiler} "$@"\n')
+    script.chmod(0o755)
+    cache = tmp_path / "cache"
+    environment = {
+        **os.environ, "CXX": str(script), "OPTIMUM_SCAP_CACHE": str(cache), "OPTIMUM_SCAP_ISA": "portable"
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen([sys.executable, "-c", FIRST_USE], env=environment, stdout=-1, stderr=-1, text=True)
+        for _ in range(4)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert json.loads(out) == [[64 * 63 / 4] * 3]
+    assert log.read_text() == "run\n"
+    assert len(list(cache.glob("*/*/liboptimum_scap.so"))) == 1
+
+
+@pytest.mark.parametrize("keep", (0, 0.5, 0.99))
+def test_a_truncated_library_is_built_again(keep, slow_compiler, tmp_path):
+    library = build_extension(cache_dir=tmp_path)
+    library.write_text("halfdone"[: int(keep * 8)])
+    assert build_extension(cache_dir=tmp_path) == library
+    assert library.read_text() == "halfdone"
+    assert slow_compiler.read_text() == "run\n" * 2
+
+
+@pytest.fixture(scope="module")
+def sparse_model():
+    return sparsify_activations(gated_ffn(), "up=0.4,gate=0.4,down=0.5", samples())
+
+
+def broken_compiler(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CXX", "/bin/false")
+
+
+def no_compiler(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("CXX", raising=False)
+    patch.setenv("PATH", str(tmp_path))
+
+
+def cache_under_a_file(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Root may write to any folder, but nobody below a file."""
+    (tmp_path / "file").touch()
+    patch.setenv("OPTIMUM_SCAP_CACHE", str(tmp_path / "file" / "cache"))
+
+
+def no_home(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    for name in ("OPTIMUM_SCAP_CACHE", "XDG_CACHE_HOME"):
+        patch.delenv(name, raising=False)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    patch.setattr(Path, "home", home)
+
+
+def library_that_cannot_be_loaded(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "c++"
+    script.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && echo damaged > "$2"; shift; done\n')
+    script.chmod(0o755)
+    patch.setenv("CXX", str(script))
+
+
+OBSTACLES = {
+    broken_compiler: "/bin/false does not run",
+    no_compiler: "no C++ compiler found",
+    cache_under_a_file: "cannot build the OpenVINO extension in",
+    no_home: "Set OPTIMUM_SCAP_CACHE",
+    library_that_cannot_be_loaded: "cannot be loaded",
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_cannot_be_built_gives_one_warning_and_the_portable_operations(
+    obstacle, sparse_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPTIMUM_SCAP_CACHE", str(tmp_path / "cache"))
+    obstacle(tmp_path, monkeypatch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert fused_clone(sparse_model) is sparse_model
+    (message,) = [str(item.message) for item in caught]
+    assert message.startswith("SCAP runs with OpenVINO's own operations") and OBSTACLES[obstacle] in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("obstacle", [name for name in OBSTACLES if name is not library_that_cannot_be_loaded])
+def test_the_command_says_in_one_line_what_cannot_be_built(obstacle, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIMUM_SCAP_CACHE", str(tmp_path / "cache"))
+    obstacle(tmp_path, monkeypatch)
+    result = optimum_cli_in_process("scap", "build-extension")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert OBSTACLES[obstacle] in line and "OPTIMUM_SCAP_TRACEBACK" not in line

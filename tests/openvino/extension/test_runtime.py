@@ -76,6 +76,24 @@ def test_model_cache(extended_core, tmp_path):
     np.testing.assert_array_equal(results[0], results[1])
 
 
+def test_models_that_differ_in_values_only_do_not_share_a_cache_entry(extended_core, tmp_path):
+    cases = ((1, 0.0), (1, 0.5), (3, 0.5))
+    layers = [random_layer("i8", 64, 96, seed=seed) for seed, _ in cases]
+    for index, (layer, (_, threshold)) in enumerate(zip(layers, cases, strict=True)):
+        p = parameter(64, rank=2)
+        model = ov.Model([create_linear(p, [layer.packed], threshold=threshold).output(0)], [p], "model")
+        for number, node in enumerate(model.get_ordered_ops()):  # the names that OpenVINO makes up differ
+            node.set_friendly_name(f"node_{number}")
+        ov.save_model(model, tmp_path / f"{index}.xml")
+    config = {"CACHE_DIR": str(tmp_path / "cache"), "INFERENCE_PRECISION_HINT": "f32"}
+    x = activations((1, 64))
+    for is_cached in (False, True):
+        for index, (layer, (_, threshold)) in enumerate(zip(layers, cases, strict=True)):
+            compiled = extended_core.compile_model(extended_core.read_model(tmp_path / f"{index}.xml"), "CPU", config)
+            assert compiled.get_property("LOADED_FROM_CACHE") == is_cached
+            assert relative_error(compiled(x)[0], scap_linear(x, layer.weight, layer.bias, 0.0, threshold)) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels under the sanitizers: wrong results, out-of-bounds access, undefined behaviour, data races.
+"""The C++ code under the sanitizers: wrong results, out-of-bounds access, undefined behaviour, data races.
 
-Each build compiles the kernels once more, without OpenVINO.
+Each build compiles it once more: the kernels without OpenVINO, the operations with it. OpenVINO itself is not
+instrumented.
 """
 
 import platform
@@ -10,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from optimum_scap.openvino.extension.build import BASE_FLAGS, ISA_FLAGS, SOURCE_DIR, find_compiler
+from optimum_scap.openvino.extension.build import BASE_FLAGS, ISA_FLAGS, SOURCE_DIR, find_compiler, openvino_flags
 
 
 HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-def run_kernels(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    program = tmp_path / "kernels"
+def run_driver(name: str, sources: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path) -> None:
+    program = tmp_path / name
     command = [
-        *find_compiler(), *BASE_FLAGS, *flags, "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}",
-        HERE / "kernels_driver.cpp", SOURCE_DIR / "linear.cpp", "-o", program,
+        *find_compiler(), *BASE_FLAGS, "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}",
+        HERE / f"{name}.cpp", *(SOURCE_DIR / source for source in sources), "-o", program, *flags,
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:
@@ -31,6 +32,10 @@ def run_kernels(tmp_path: Path, flags: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def run_kernels(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    run_driver("kernels_driver", ("linear.cpp",), flags, tmp_path)
+
+
 @pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
 @pytest.mark.parametrize("isa", ("native", pytest.param("avx2", marks=pytest.mark.slow), "portable"))
 def test_kernels_are_clean(sanitizer, isa, tmp_path):
@@ -38,6 +43,12 @@ def test_kernels_are_clean(sanitizer, isa, tmp_path):
         pytest.skip("an x86 instruction set")
     flags = ISA_FLAGS[isa] if X86 else ()
     run_kernels(tmp_path, (*flags, "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"))
+
+
+@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
+def test_operations_are_clean(sanitizer, tmp_path):
+    flags = ("-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", *openvino_flags())
+    run_driver("op_driver", ("op.cpp", "linear.cpp"), flags, tmp_path)
 
 
 def test_tiles_that_the_system_refuses(tmp_path):
