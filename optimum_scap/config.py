@@ -119,8 +119,15 @@ def describe_validation_error(error: ValidationError) -> str:
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{field}: {message} (got {problem['input']!r})" if field else message)
-    return "; ".join(problems)
+        # What lacks a field may be a whole file.
+        got = "" if problem["type"] == "missing" else f" (got {_shortened(repr(problem['input']))})"
+        problems.append(f"{field}: {message}{got}" if field else message)
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    return "; ".join(problems[:3] + more)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:

@@ -10,5 +10,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
+    if lines[0].endswith(":"):  # a heading
+        return " ".join(lines[:2])
     # OpenVINO puts the place in its own source first and the reason last.
     return lines[-1] if lines[0].startswith("Exception from") else lines[0]

@@ -79,7 +79,7 @@ def load_parameters(path: str | Path) -> SCAPParameters:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SCAPError(f"SCAP parameters {path} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict) or not content:
@@ -87,6 +87,10 @@ def load_parameters(path: str | Path) -> SCAPParameters:
     try:
         if "layers" in content:
             return SCAPParameters.model_validate(content)
+        if not any(
+            find_role(name) or isinstance(entry, dict) and "threshold" in entry for name, entry in content.items()
+        ):
+            raise SCAPError("this is neither what scap info --json writes nor a calibrated_thresholds.json")
         return _from_reference(content, path)
     except ValidationError as error:
         raise SCAPError(f"SCAP parameters {path}: {describe_validation_error(error)}") from error

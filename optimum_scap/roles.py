@@ -17,9 +17,9 @@ FFN_ROLES: tuple[Role, ...] = ("up", "gate", "down")
 
 # A layer that computes gate and up at once (Phi-3, ChatGLM) plays `up`.
 _PATH_TAILS: dict[Role, tuple[str, ...]] = {
-    "q": ("q_proj", "query", "attention.q_lin", "SelfAttention.q", "EncDecAttention.q", "wq"),
-    "k": ("k_proj", "key", "attention.k_lin", "SelfAttention.k", "EncDecAttention.k", "wk"),
-    "v": ("v_proj", "value", "attention.v_lin", "SelfAttention.v", "EncDecAttention.v", "wv"),
+    "q": ("q_proj", "query", "attention.q_lin", "SelfAttention.q", "EncDecAttention.q", "wq", "query_proj"),
+    "k": ("k_proj", "key", "attention.k_lin", "SelfAttention.k", "EncDecAttention.k", "wk", "key_proj"),
+    "v": ("v_proj", "value", "attention.v_lin", "SelfAttention.v", "EncDecAttention.v", "wv", "value_proj"),
     "o": (
         "o_proj",  # Llama, Mistral, Qwen, Gemma
         "self_attn.out_proj",  # OPT, CLIP, Whisper
@@ -47,6 +47,8 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "dense_h_to_4h",  # Falcon, BLOOM, GPT-NeoX
         "intermediate.dense",  # BERT, ViT
         "ffn.lin1",  # DistilBERT
+        "ffn",  # ALBERT
+        "feed_forward.intermediate_dense",  # Wav2Vec2
         "DenseReluDense.wi",  # T5
         "DenseReluDense.wi_1",
         "feed_forward.w3",  # InternLM2
@@ -61,6 +63,8 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "dense_4h_to_h",
         "output.dense",
         "ffn.lin2",
+        "ffn_output",
+        "feed_forward.output_dense",
         "DenseReluDense.wo",
         "feed_forward.w2",
         "w2",

@@ -5,6 +5,19 @@ from pathlib import Path
 from .errors import SCAPError, first_line
 
 
+def check_model_exists(model: str | Path) -> None:
+    """Checks that `model`, unless it can be a hub id, is a folder.
+
+    Raises:
+        SCAPError: otherwise.
+    """
+    path = Path(model)
+    if path.exists() and not path.is_dir():
+        raise SCAPError(f"model {model} is a file, not a folder")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[0] in ("..", "~")):
+        raise SCAPError(f"model folder {model} does not exist")
+
+
 def infer_task(model: str | Path, trust_remote_code: bool = False) -> str:
     """The optimum task of `model`, a folder or a hub id, from the architecture that its config.json names.
 
@@ -16,11 +29,12 @@ def infer_task(model: str | Path, trust_remote_code: bool = False) -> str:
     from transformers import AutoConfig
 
     hint = "give the task with --task"
+    check_model_exists(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise SCAPError(f"model folder {model} has no config.json to tell its task; {hint}")
     try:
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config.json of wrong types fails anywhere
         raise SCAPError(f"model {model}: config.json cannot be read: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or [""]
     model_class = getattr(transformers, architectures[0], None)

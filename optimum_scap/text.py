@@ -19,12 +19,12 @@ _CHARACTERS_PER_TOKEN = 32
 
 
 def is_text_file(name: str) -> bool:
-    """Whether `name` means a local file rather than the name of a dataset."""
-    return Path(name).suffix.lower() in SUFFIXES or Path(name).exists()
+    """Whether `name` means a local file rather than the name of a dataset, which a folder may happen to share."""
+    return Path(name).suffix.lower() in SUFFIXES or Path(name).is_file() and name != "auto"
 
 
 def read_documents(path: str | Path) -> Iterator[str]:
-    """The non-empty documents of a local .txt (one document), .jsonl, .json or .parquet file (one per row).
+    """The documents of a local .txt (one document), .jsonl, .json or .parquet file (one per row).
 
     Raises:
         SCAPError: naming the file, if it is missing, unreadable, or has no text column.
@@ -39,16 +39,14 @@ def read_documents(path: str | Path) -> Iterator[str]:
         if path.stat().st_size == 0:
             return
         if suffix == ".txt":
-            documents: Any = [path.read_text(encoding="utf-8")]
+            documents: Any = [path.read_text(encoding="utf-8-sig")]
         else:
             documents = _read_column(path, suffix)
     except SCAPError:
         raise
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SCAPError(f"dataset file {path} cannot be read: {first_line(error)}") from error
-    for document in documents:
-        if isinstance(document, str) and document.strip():
-            yield document
+    yield from documents
 
 
 def _read_column(path: Path, suffix: str) -> list[Any]:
@@ -56,10 +54,13 @@ def _read_column(path: Path, suffix: str) -> list[Any]:
     from datasets import Dataset, Value, disable_progress_bars
     from datasets.exceptions import DatasetGenerationError
     from datasets.utils import logging as datasets_logging
+    from pyarrow.parquet import ParquetFile
 
     disable_progress_bars()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what goes wrong is raised, with the name of the file
     read = Dataset.from_parquet if suffix == ".parquet" else Dataset.from_json
+    if suffix == ".parquet" and ParquetFile(path).metadata.num_rows == 0:  # which datasets cannot read
+        return []
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = read(str(path), cache_dir=cache, keep_in_memory=True)
@@ -73,11 +74,33 @@ def _read_column(path: Path, suffix: str) -> list[Any]:
         if "text" in strings:
             strings = ["text"]
         if len(strings) != 1:
+            kinds = {name: getattr(feature, "dtype", "nested") for name, feature in table.features.items()}
             raise SCAPError(
                 f"dataset file {path}: expected a column of strings called 'text', found "
-                f"{', '.join(table.column_names) or 'no column'}"
+                f"{', '.join(f'{name} ({kind})' for name, kind in kinds.items()) or 'no column'}"
             )
         return list(table[strings[0]])
+
+
+def load_tokenizer(source: Any, trust_remote_code: bool) -> Any:
+    """`source` if it is a tokenizer, else the one that is there.
+
+    Raises:
+        SCAPError: if none can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if not isinstance(source, str | Path):
+        return source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # what broken files and missing libraries raise is anybody's guess
+        raise SCAPError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error
+    # Without any file transformers makes an empty tokenizer of the kind that config.json names.
+    files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+    if Path(source).is_dir() and len(files) > 1 and not any((Path(source) / name).exists() for name in files):
+        raise SCAPError(f"model folder {source} holds no tokenizer ({', '.join(sorted(files))})")
+    return tokenizer
 
 
 def token_windows(
@@ -111,6 +134,8 @@ def cut_into_windows(
     pieces: list[str] = []
     length = 0
     for document in documents:
+        if not isinstance(document, str) or not document.strip():
+            continue
         pieces.append(document[: wanted - length])
         length += len(pieces[-1]) + 2
         if length >= wanted:

@@ -71,6 +71,7 @@ def test_the_references_file_as_it_is(path: str, role: str, tmp_path: Path) -> N
         ({"up_proj": {**ENTRY, "hook_type": "post_hook"}}, "layer up_proj: hook_type: "),
         ({"up_proj": {**ENTRY, "demode_method": "max"}}, "layer up_proj: demode_method: "),
         ({"up_proj": {key: ENTRY[key] for key in ENTRY if key != "mode"}}, "layer up_proj: mode: "),
+        ({"architectures": ["Llama"], "vocab_size": 8}, "neither what scap info --json writes nor"),
         ({"something": ENTRY}, "layer something: no role is known"),
         ({"layers": {}}, "version: "),
         ({"version": "1", "config": {"targets": {"up": 0.5}}, "layers": {}}, "layers: "),
@@ -79,6 +80,18 @@ def test_the_references_file_as_it_is(path: str, role: str, tmp_path: Path) -> N
 def test_damaged_files(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(SCAPError, match=message):
         load_parameters(write(tmp_path / "p.json", content))
+
+
+def test_a_damaged_file_is_not_recited(tmp_path: Path) -> None:
+    layers = {f"model.layers.{i}.mlp.up_proj": {"role": "up"} for i in range(100)}
+    with pytest.raises(SCAPError, match=r"version: Field required; .* and \d+ more$") as caught:
+        load_parameters(write(tmp_path / "p.json", {"layers": layers}))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"up_proj": ENTRY}).encode())
+    assert load_parameters(tmp_path / "p.json").layers.keys() == {"up_proj"}
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ ARCHITECTURES = {
         "bert.encoder.layer.0.intermediate.dense": "up",
         "bert.encoder.layer.0.output.dense": "down",
     },
+    "albert": {
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn": "up",
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output": "down",
+    },
+    "wav2vec2": {
+        "wav2vec2.encoder.layers.0.feed_forward.intermediate_dense": "up",
+        "wav2vec2.encoder.layers.0.feed_forward.output_dense": "down",
+    },
+    "deberta-v2": {"deberta.encoder.layer.0.attention.self.query_proj": "q"},
     "mamba2": {"backbone.layers.0.mixer.in_proj": "in", "backbone.layers.0.mixer.out_proj": "out"},
 }
 ROLES_OF_PATHS = [(path, role) for paths in ARCHITECTURES.values() for path, role in paths.items()]

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SCAPConfig
+from ..errors import SCAPError
+from ..parameters import checkpoint_parameters
 from .errors import errors_for_humans
 from .flags import add_scap_flags, check_scap_is_given, what_to_apply
 from .staging import check_output, check_output_is_not_model, staged_output
@@ -54,6 +56,8 @@ def _export_sparse(command: Any, export: Any) -> None:
         check_output(output)
         check_output_is_not_model(output, args.model)
 
+        _check_is_dense(args.model)
+
         # Imports torch and openvino: only once the cheap checks have passed.
         from ..openvino.dataset import check_dataset_name
         from ..openvino.folder import fuse_folder, sparsify_folder
@@ -82,6 +86,14 @@ def _export_sparse(command: Any, export: Any) -> None:
         print(f"SCAP model written to {output}")
 
 
+def _check_is_dense(model: str) -> None:
+    folder = Path(model)
+    if (folder / "config.json").is_file() and checkpoint_parameters(folder) is not None:
+        raise SCAPError(f"model folder {model} is sparse already: export it without --scap, its thresholds come along")
+
+
 def print_fused(output: Path, library: Path) -> None:
     print(f"Fused SCAP model written to {output}")
-    print(f'Run it with openvino_genai.LLMPipeline("{output}", "CPU", extensions=["{library}"])')
+    print(f"It needs the library {library}")
+    if "CausalLM" in (output / "config.json").read_text(encoding="utf-8"):
+        print(f'Run it with openvino_genai.LLMPipeline("{output}", "CPU", extensions=["{library}"])')

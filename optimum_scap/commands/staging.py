@@ -1,14 +1,15 @@
 """An output folder that appears complete or not at all."""
 
+import glob
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import SCAPError
+from ..errors import SCAPError, first_line
 
 
 # Besides model files, what marks a folder as an earlier export that may be replaced.
@@ -30,6 +31,8 @@ def check_output(output: Path) -> None:
     elif output.exists():
         raise SCAPError(f"output {output} exists and is not a folder")
     parent = _existing_parent(output)
+    if not parent.is_dir():
+        raise SCAPError(f"output {output} cannot be created: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise SCAPError(f"output {output} cannot be created: no permission to write in {parent}")
 
@@ -53,16 +56,22 @@ def check_output_is_not_model(output: Path, model: str | Path) -> None:
 def staged_output(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends well and is removed when not.
 
-    An earlier export in `output` is replaced whole. Folders that killed processes left behind are removed.
+    An earlier export in `output` is replaced whole; of a link, what it points to. Folders that killed processes left
+    behind are removed.
     """
     check_output(output)
-    output = output.absolute()
-    created = _create_parents(output.parent)
+    output = output.resolve()
     prefix = f".{output.name}.scap-"
-    for stale in output.parent.glob(f"{prefix}*"):
+    for stale in output.parent.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(stale):
             shutil.rmtree(stale, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=output.parent))
+    created: list[Path] = []
+    try:
+        _create_parents(output.parent, created)
+        staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=output.parent))
+    except OSError as error:
+        _remove(created)
+        raise SCAPError(f"output {output} cannot be created: {first_line(error)}") from error
     complete = staging / "complete"
     complete.mkdir()
     try:
@@ -71,8 +80,7 @@ def staged_output(output: Path) -> Iterator[Path]:
         _swap(complete, output, staging / "replaced")
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        for folder in reversed(created):
-            folder.rmdir()
+        _remove(created)
         raise
     shutil.rmtree(staging, ignore_errors=True)
 
@@ -102,20 +110,26 @@ def _is_alive(staging: Path) -> bool:
 
 
 def _existing_parent(path: Path) -> Path:
-    parent = path.absolute().parent
+    parent = path.resolve().parent
     while not parent.exists():
         parent = parent.parent
     return parent
 
 
-def _create_parents(folder: Path) -> list[Path]:
+def _create_parents(folder: Path, created: list[Path]) -> None:
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for parent in reversed(missing):
         parent.mkdir()
-    return list(reversed(missing))
+        created.append(parent)
+
+
+def _remove(created: list[Path]) -> None:
+    for folder in reversed(created):
+        with suppress(OSError):  # another process may have put something there
+            folder.rmdir()
 
 
 @contextmanager

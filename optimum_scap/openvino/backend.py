@@ -23,7 +23,7 @@ from ..config import RoleTarget, SCAPConfig, describe_validation_error
 from ..errors import SCAPError
 from ..parameters import LayerParameters, SCAPParameters
 from ..progress import length, run_over
-from ..roles import ROLES
+from ..roles import ROLES, module_path
 from .graph import FullyConnected, find_fully_connected
 from .inference import Runner, model_with_outputs
 from .threshold_ops import find_threshold_ops, insert_adjustable_ops, insert_threshold_ops, pruned_fractions
@@ -122,11 +122,20 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
         raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
     check_patterns(everything, config)
     present = {layer.role for layer in everything.values() if layer.role}
+    has_experts = any(
+        ".experts" in node.get_friendly_name() and module_path(node.get_friendly_name()) not in everything
+        for model in models.values()
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul"
+    )
     if not select_targets([(path, layer.role) for path, layer in everything.items()], config):
         raise SCAPError(
             f"no fully connected layer is left to prune: the targets name {', '.join(config.targets)}, the model has "
             f"{', '.join(role for role in ROLES if role in present) or 'no layer of a known role'}"
+            f"{'; experts of a mixture-of-experts model are not pruned yet' if has_experts else ''}"
         )
+    if has_experts:
+        logger.warning("The experts of this mixture-of-experts model stay dense: they are not pruned yet")
     for role in config.targets:
         if role not in present:
             logger.info("the model has no layer of role %s", role)

@@ -10,11 +10,11 @@ from optimum.intel.openvino import utils as ov_utils
 from optimum.intel.openvino.configuration import OVQuantizationConfigBase
 from optimum.intel.openvino.modeling_base import OVBaseModel
 from optimum.intel.openvino.quantization import OVCalibrationDatasetBuilder
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..config import SCAPConfig
 from ..errors import SCAPError, first_line
-from ..text import is_text_file, token_windows
+from ..text import is_text_file, load_tokenizer, token_windows
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def build_samples(
         check_dataset_name(dataset)
         source = tokenizer if tokenizer is not None else _folder(model)
         if is_text_file(dataset):
-            loaded = _load_tokenizer(source, trust_remote_code)
+            loaded = load_tokenizer(source, trust_remote_code)
             samples = _from_file(model, config, dataset, loaded)
         else:
             samples = _from_name(model, config, dataset, source, trust_remote_code)
@@ -103,6 +103,8 @@ def _from_file(
         return {"model": [_prepare_inputs(model, batch) for batch in batches]}
     if model._ov_model_names == ["model"]:
         names = {name for port in model.model.inputs for name in port.get_names()}
+        for batch in batches:  # not every tokenizer makes them, and a single text is all of the first type
+            batch.setdefault("token_type_ids", torch.zeros_like(batch["input_ids"]))
         return {
             "model": [{name: value.numpy() for name, value in batch.items() if name in names} for batch in batches]
         }
@@ -148,7 +150,12 @@ def _from_name(
         return _unpack(builder.build_from_quantization_config(_helper_config(config, options, tokenizer)))
     except Exception as error:
         # What a missing network raises depends on the versions of datasets, huggingface_hub and httpx.
-        hint = "" if name == "auto" else "; without network use a local .txt, .jsonl, .json or .parquet file, or auto"
+        if name == "auto":
+            hint = (
+                "; it needs a model that generates text, for others use a local .txt, .jsonl, .json or .parquet file"
+            )
+        else:
+            hint = "; without network use a local .txt, .jsonl, .json or .parquet file, or auto"
         raise SCAPError(f"calibration dataset {name!r} could not be loaded: {first_line(error)}{hint}") from error
 
 
@@ -175,12 +182,3 @@ def _is_hub_dataset(dataset: Any) -> bool:
 
 def _folder(model: OVBaseModel) -> str:
     return str(getattr(model, "model_save_dir", None) or model.config._name_or_path)
-
-
-def _load_tokenizer(source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    if isinstance(source, PreTrainedTokenizerBase):
-        return source
-    try:
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SCAPError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error

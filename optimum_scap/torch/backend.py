@@ -8,18 +8,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import __version__
 from ..calibration import KEEP_ALL, Site, Thresholding, Visit, calibrate, check_patterns, select_targets
 from ..config import RoleTarget, SCAPConfig
-from ..errors import SCAPError
+from ..errors import SCAPError, first_line
 from ..parameters import LayerParameters, SCAPParameters
 from ..progress import length, run_over
-from ..roles import ROLES, find_role
+from ..roles import ROLES, find_role, module_path
 from .gated import fuse_gated_blocks
-from .layers import convert, is_fully_connected, is_pruned, prune
+from .layers import convert, is_fully_connected, is_pruned, prune, why_dense
 from .statistics import TorchActivationStatistics
 
 
@@ -74,10 +76,10 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters) -> None:
     modules = {path: _find_module(model, path) for path in parameters.layers}
     for path, module in modules.items():
         if not is_fully_connected(module):
-            raise SCAPError(
-                f"layer {path} cannot be pruned: it is a {type(module).__name__}, not a fully connected layer with "
-                "floating-point weights"
+            reason = why_dense(module) or (
+                f"it is a {type(module).__name__}, not a fully connected layer with floating-point weights"
             )
+            raise SCAPError(f"layer {path} cannot be pruned: {reason}")
     for path, module in modules.items():
         convert(module, parameters.layers[path], parameters.config.apply_to)
     fuse_gated_blocks(model)
@@ -107,23 +109,42 @@ def check_model(model: nn.Module, config: SCAPConfig) -> dict[str, nn.Module]:
     if pruned_layers(model):
         raise SCAPError("the model is sparse already; start from the model without SCAP")
     layers = {path: module for path, module in model.named_modules() if is_fully_connected(module)}
+    dense = _left_dense(model)
     if not layers:
         raise SCAPError(
             "the model has no fully connected layer with floating-point weights to prune; quantized PyTorch models "
-            "are not supported yet"
+            f"are not supported yet{_first_of(dense)}"
         )
-    check_patterns(layers, config)
+    check_patterns({**layers, **dense}, config)
     roles = {path: find_role(path) for path in layers}
     present = set(roles.values())
+    skipped = select_targets([(path, find_role(path)) for path in dense], config)
+    dense = {path: dense[path] for path in skipped}
     if not select_targets(roles.items(), config):
+        patterns = "; the include and exclude patterns leave none of those" if present & config.targets.keys() else ""
         raise SCAPError(
             f"no fully connected layer is left to prune: the targets name {', '.join(config.targets)}, the model has "
-            f"{', '.join(role for role in ROLES if role in present) or 'no layer of a known role'}"
+            f"{', '.join(role for role in ROLES if role in present) or 'no layer of a known role'}{patterns}"
+            f"{_first_of(dense)}"
         )
+    if dense:
+        logger.warning("%d layers are left dense%s", len(dense), _first_of(dense))
     for role in config.targets:
         if role not in present:
             logger.info("the model has no layer of role %s", role)
     return layers
+
+
+def _left_dense(model: nn.Module) -> dict[str, str]:
+    """Why layers cannot be pruned that otherwise would be, by path."""
+    reasons = {path: reason for path, module in model.named_modules() if (reason := why_dense(module)) is not None}
+    # Where Mixtral and others hold the weights of all experts; find_role knows them by the names of the parameters.
+    experts = [name for name, value in model.named_parameters() if not is_lazy(value) and value.dim() == 3]
+    return {**reasons, **dict.fromkeys(experts, "experts of a mixture-of-experts model are not pruned yet")}
+
+
+def _first_of(reasons: Mapping[str, str]) -> str:
+    return "".join(f"; {path}: {reason}" for path, reason in list(reasons.items())[:1])
 
 
 def measure_sparsity(model: nn.Module, samples: Iterable[Any]) -> dict[str, float]:
@@ -133,13 +154,13 @@ def measure_sparsity(model: nn.Module, samples: Iterable[Any]) -> dict[str, floa
     runner = _Runner(model, layers, samples)
 
     def count(path: str, module: Any) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = runner.without_padding(inputs[0])
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = runner.without_padding(_input_of(args, kwargs))
             pruned = (x.float() - module.scap_mode).abs() <= module.scap_threshold
             totals[path][0] += float(pruned.sum())
             totals[path][1] += pruned.numel()
 
-        return module.register_forward_pre_hook(hook)
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [count(path, module) for path, module in layers.items()]
     try:
@@ -197,12 +218,11 @@ class _Runner:
             thresholding = current[site.key]
             mode, threshold = float(thresholding.mode), float(thresholding.threshold)
 
-            def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                x = _input_of(args, kwargs)
                 if path == site.key:
-                    visit(site.key, self.without_padding(inputs[0]))
-                if thresholding is KEEP_ALL:
-                    return None
-                return (prune(inputs[0], mode, threshold), *inputs[1:])
+                    visit(site.key, self.without_padding(x))
+                return None if thresholding is KEEP_ALL else ((prune(x, mode, threshold),), {})
 
             return hook
 
@@ -213,8 +233,19 @@ class _Runner:
                 raise SCAPError("the calibration dataset is empty")
 
     def forward(self, sample: Any) -> None:
-        device = _input_device(self._model)
         self._padding = _Padding.of(sample)
+        try:
+            self._call(sample)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise SCAPError(
+                f"a {type(self._model).__name__} cannot run on the calibration sample {_describe(sample)}: "
+                f"{first_line(error)}"
+            ) from error
+
+    def _call(self, sample: Any) -> None:
+        device = _input_device(self._model)
         if isinstance(sample, Mapping):
             options = {name: value for name, value in self._options.items() if name not in sample}
             self._model(**{name: _to(value, device) for name, value in sample.items()}, **options)
@@ -228,11 +259,14 @@ class _Runner:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; every module's own mode is restored."""
+        """Evaluation mode without gradients, and without torch.compile, whose code runs past new hooks.
+
+        Every module's own mode is restored.
+        """
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             for module in training:
@@ -241,7 +275,9 @@ class _Runner:
 
     @contextmanager
     def _hooks(self, hooks: Mapping[str, Any]) -> Iterator[None]:
-        handles = [self._layers[path].register_forward_pre_hook(hook) for path, hook in hooks.items()]
+        handles = [
+            self._layers[path].register_forward_pre_hook(hook, with_kwargs=True) for path, hook in hooks.items()
+        ]
         try:
             yield
         finally:
@@ -274,18 +310,33 @@ class _Padding:
 
 
 def _record(visit: Any, path: str) -> Any:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        visit(path, inputs[0])
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        visit(path, _input_of(args, kwargs))
 
     return hook
+
+
+def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The one argument that a fully connected layer is called with."""
+    return next(iter((*args, *kwargs.values())))
+
+
+def _describe(sample: Any) -> str:
+    if isinstance(sample, Mapping):
+        return f"{{{', '.join(f'{name}: {_describe(value)}' for name, value in sample.items())}}}"
+    if isinstance(sample, list | tuple):
+        return f"[{', '.join(map(_describe, sample[:4]))}{', ...' if len(sample) > 4 else ''}]"
+    shape = list(sample.shape) if isinstance(sample, Tensor) else ""
+    return f"{type(sample).__name__}{shape}"
 
 
 def _find_module(model: nn.Module, path: str) -> nn.Module:
     """The module called `path`, also where a head has been added to, or taken from, the model that was calibrated."""
     prefix = getattr(model, "base_model_prefix", "")
-    candidates = [path]
+    bare = module_path(path)  # without what DataParallel and torch.compile put before it
+    candidates = [path, bare]
     if prefix:
-        candidates.append(path.removeprefix(f"{prefix}.") if path.startswith(f"{prefix}.") else f"{prefix}.{path}")
+        candidates.append(bare.removeprefix(f"{prefix}.") if bare.startswith(f"{prefix}.") else f"{prefix}.{bare}")
     for candidate in candidates:
         try:
             return model.get_submodule(candidate)
@@ -321,6 +372,8 @@ def _input_device(model: nn.Module) -> torch.device | None:
 
 
 def _to(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, np.ndarray):
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor) and device is not None:
         return value.to(device, non_blocking=True)
     return value

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..config import SCAPConfig
-from ..errors import SCAPError, first_line
-from ..text import cut_into_windows, is_text_file, token_windows
+from ..errors import SCAPError
+from ..text import cut_into_windows, is_text_file, load_tokenizer, token_windows
 
 
 logger = logging.getLogger(__name__)
@@ -42,16 +42,20 @@ def build_samples(
         check_dataset_name(name)
         loaded = _load_tokenizer(model, tokenizer, trust_remote_code)
         if is_text_file(name):
-            return _from_windows(
-                token_windows(name, loaded, config.num_samples, _seq_len(model, config)), config, name
-            )
+            windows = token_windows(name, loaded, config.num_samples, _seq_len(model, config))
+            return _for_model(model, _from_windows(windows, config, name))
         if name == "auto":
-            return _generated(model, loaded, config)
-        return _from_name(name, loaded, config, trust_remote_code)
-    if hasattr(dataset, "column_names"):
+            return _for_model(model, _generated(model, loaded, config))
+        return _for_model(model, _from_name(name, loaded, config, trust_remote_code))
+    if hasattr(dataset, "column_names") and not isinstance(dataset, dict):
         return _from_table(model, dataset, config, tokenizer, trust_remote_code)
     if hasattr(dataset, "get_inference_data"):
         return _Again(dataset.get_inference_data)
+    if hasattr(dataset, "keys"):
+        raise SCAPError(
+            f"a {type(dataset).__name__} of {', '.join(map(str, dataset))} is one sample or a dict of splits; pass a "
+            "list of samples, or one split"
+        )
     if not isinstance(dataset, Iterable):
         raise SCAPError(f"a dataset of type {type(dataset).__name__} cannot be iterated over")
     return list(dataset) if isinstance(dataset, Iterator) else dataset
@@ -102,6 +106,14 @@ def _from_windows(
     return [{name: torch.tensor([values]) for name, values in window.items()} for window in windows]
 
 
+def _for_model(model: nn.Module, samples: list[Any]) -> list[Any]:
+    """What a decoder behind an encoder needs besides: it reads the same text."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return samples
+    return [{**sample, "decoder_input_ids": prepare(labels=sample["input_ids"])} for sample in samples]
+
+
 def _generated(model: nn.Module, tokenizer: Any, config: SCAPConfig) -> list[Any]:
     try:
         from nncf.data import generate_text_data
@@ -136,7 +148,7 @@ def _from_table(
     model: nn.Module, table: Any, config: SCAPConfig, tokenizer: Any, trust_remote_code: bool
 ) -> list[Any]:
     """A datasets.Dataset: rows of model inputs, or a column of text that is cut into windows."""
-    columns = list(table.column_names or ())
+    columns = list(table.column_names or next(iter(table), ()))  # a stream may not know its columns
     inputs = [name for name in columns if name in ("input_ids", "pixel_values", "input_values", "input_features")]
     if inputs:
         kept = [name for name in (*inputs, "attention_mask", "token_type_ids") if name in columns]
@@ -153,7 +165,7 @@ def _from_table(
     loaded = _load_tokenizer(model, tokenizer, trust_remote_code)
     documents = (row[texts[0]] for row in table)
     windows = cut_into_windows(documents, loaded, config.num_samples, _seq_len(model, config), "the dataset")
-    return _from_windows(windows, config, "the dataset")
+    return _for_model(model, _from_windows(windows, config, "the dataset"))
 
 
 def _seq_len(model: nn.Module, config: SCAPConfig) -> int:
@@ -162,15 +174,10 @@ def _seq_len(model: nn.Module, config: SCAPConfig) -> int:
 
 
 def _load_tokenizer(model: nn.Module, source: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if source is not None and not isinstance(source, str | Path):
-        return source
     if source is None:
         source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not source:
+    if isinstance(source, str) and not source:
+        source = None
+    if source is None:
         raise SCAPError("the dataset is text, and the model does not say where its tokenizer is: pass tokenizer=")
-    try:
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SCAPError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error
+    return load_tokenizer(source, trust_remote_code)

@@ -7,8 +7,9 @@ from typing import Any
 from ..config import SCAPConfig
 from ..errors import SCAPError, first_line
 from ..parameters import SCAPParameters, checkpoint_parameters
+from ..roles import find_role
 from ..sparsify import sparsify_activations
-from ..tasks import infer_task
+from ..tasks import check_model_exists, infer_task
 
 
 def is_torch_folder(folder: Path) -> bool:
@@ -106,6 +107,7 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
     import torch
     from optimum.exporters.tasks import TasksManager
 
+    check_model_exists(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise SCAPError(f"model folder {model} has no config.json: it holds no transformers model")
     if task == "auto":
@@ -120,9 +122,28 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
         options = {**options, "device_map": device}
     try:
         # Nothing but safetensors is read: other formats can run code while they are opened.
-        return model_class.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SCAPError(f"model {model} cannot be loaded: {first_line(error)}") from error
+        loaded, info = model_class.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged weights and missing libraries of quantized models fail anywhere
+        hint = ", and no format but safetensors is read" if next(Path(model).glob("*.bin"), None) else ""
+        raise SCAPError(f"{_kind(model, options)} {model} cannot be loaded: {first_line(error)}{hint}") from error
+    # A head that is not there is made anew, as transformers does and says; a layer of a block is damage.
+    missing = [name for name in sorted(info["missing_keys"]) if find_role(name.rpartition(".")[0])]
+    if missing:
+        raise SCAPError(f"model {model} cannot be loaded: {len(missing)} weights are missing, such as {missing[0]}")
+    return loaded
+
+
+def _kind(model: str, options: dict[str, Any]) -> str:
+    """`model`, or what it is quantized with: without the library for that transformers may say anything."""
+    from transformers import PretrainedConfig
+
+    try:
+        quantized = PretrainedConfig.get_config_dict(model, **options)[0].get("quantization_config")
+    except Exception:
+        return "model"
+    return f"{quantized.get('quant_method')} model" if isinstance(quantized, dict) else "model"
 
 
 def _copy_preprocessors(model: str, output: Path, trust_remote_code: bool) -> None:

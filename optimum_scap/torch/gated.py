@@ -42,6 +42,11 @@ class _GatedForward:
         )
         return self.down_proj(hidden)
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """The class is made at run time: pickle and deepcopy make it anew from the block's own."""
+        reduced: Any = super().__reduce_ex__(2)
+        return (_new_fused, type(self).__bases__[1:], *reduced[2:])
+
 
 def fuse_gated_blocks(model: nn.Module) -> None:
     """Lets every gated block of `model` whose gate and up are pruned run them as one operation, in place."""
@@ -53,6 +58,11 @@ def fuse_gated_blocks(model: nn.Module) -> None:
             cls: Any = type(module)
             module.__class__ = _fused_class(cls)
             module.scap_activation = activation  # type: ignore[assignment]
+
+
+def _new_fused(cls: type) -> Any:
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
 
 
 @cache

@@ -11,6 +11,7 @@ rest.
 
 import logging
 import types
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,8 @@ class _PrunedInput:
         if weight.is_meta:
             self.scap_folded_bias = None
             return
-        with torch.no_grad():
+        # What is made in inference mode could never be trained; a weight that was made there needs its like.
+        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             if not _is_input_major(weight):
                 self.store_input_major(weight.t().contiguous())
                 weight = self.output_major_weight()
@@ -103,8 +105,9 @@ class _PrunedInput:
                 self.scap_folded_bias = folded if self.bias is None else folded + self.bias.float()
                 self._scap_folded_versions = self._versions()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
+        x = input  # nn.Linear's name for it, which callers may use
         weight = self.output_major_weight()
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             return self._forward_in_exported_form(x, weight)
@@ -123,7 +126,13 @@ class _PrunedInput:
 
     def runs_sparse(self, x: Tensor) -> bool:
         """Whether a forward of `x` `[..., in_features]` runs the sparse operation."""
+        # Before anything depends on the number of rows: an exported program is to serve any. Under torch.compile
+        # is_exporting() is true in some versions of torch.
+        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+            return False
         if self.scap_apply_to == "decode" and not _is_one_token(x):
+            return False
+        if torch.is_autocast_enabled(x.device.type):  # which knows the dense product, not the sparse operation
             return False
         weight = self.output_major_weight()
         rows = x.numel() // x.shape[-1]
@@ -135,9 +144,6 @@ class _PrunedInput:
             if not torch.compiler.is_compiling() and self._scap_folded_versions != self._versions():
                 self.prepare()
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return False
-        # Under torch.compile is_exporting() is true in some versions of torch.
-        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
@@ -157,7 +163,7 @@ class _PrunedInput:
     def _versions(self) -> tuple[int, ...]:
         """Changes whenever the weights or the bias are changed in place, as an optimizer does."""
         values = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return tuple(0 if value.is_inference() else value._version for value in values)
+        return tuple(map(_version, values))
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module's; also folds the mode anew, for weights that were changed through `.data` (a merged LoRA)."""
@@ -210,6 +216,12 @@ def scap_conv1d_class() -> type[nn.Module]:
         class SCAPConv1D(_PrunedInput, _conv1d_class()):  # type: ignore[misc]
             """Conv1D with pruned input activations; made by `convert`."""
 
+            # where pickle looks for it, see __getattr__
+            __qualname__ = "SCAPConv1D"
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x)
+
             def output_major_weight(self) -> Tensor:
                 return self.weight.t()
 
@@ -220,15 +232,60 @@ def scap_conv1d_class() -> type[nn.Module]:
     return _scap_conv1d
 
 
+def __getattr__(name: str) -> Any:
+    if name == "SCAPConv1D":
+        return scap_conv1d_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def is_fully_connected(module: nn.Module) -> bool:
     """Whether `module` is a layer that can be pruned: nn.Linear or Conv1D with floating-point weights of its own."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        return False
-    # nn.MultiheadAttention reads the weights of its output projection past the module's forward.
+    return _is_linear(module) and why_dense(module) is None
+
+
+def why_dense(module: nn.Module) -> str | None:
+    """Why a module that is an nn.Linear or Conv1D cannot be pruned; None if it can be, or is of another kind."""
+    if not _is_linear(module):
+        return None
+    weight = module._parameters.get("weight")
+    if isinstance(weight, nn.UninitializedParameter):
+        return "its weights are made by its first forward: run the model once"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
+        return "nn.MultiheadAttention reads its weights past its forward"
+    if weight is None:
+        return "its weights are computed from others (a parametrization or weight norm)"
+    # Other classes of tensors are quantized or distributed.
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return "its weights are quantized or of a kind of their own"
+    if weight.dim() != 2:
+        return "its weights are not two-dimensional"
+    if "forward" in vars(module) and not hasattr(module, "_old_forward"):  # accelerate's are known, see `convert`
+        return "its forward was replaced"
+    cls: Any = type(module)
+    if isinstance(module, nn.Linear) and not _computes_linear(cls):
+        return f"the forward of {cls.__name__} is not that of nn.Linear"
+    return None
+
+
+def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and isinstance(module, _conv1d_class())
+
+
+@cache
+def _computes_linear(cls: Any) -> bool:
+    """Whether a class derived from nn.Linear computes just that; Falcon's does, one that scales its output not."""
+    if cls.forward is nn.Linear.forward:
+        return True
+    weight, bias, x = (torch.arange(1.0, 1.0 + n, dtype=torch.float32, device="cpu") for n in (6, 2, 12))
+    try:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = 3, 2
+        layer.weight, layer.bias = nn.Parameter(weight.view(2, 3)), nn.Parameter(bias)
+        with torch.no_grad():
+            return torch.equal(layer(x.view(4, 3)), F.linear(x.view(4, 3), layer.weight, layer.bias))
+    except Exception:  # it needs more than a linear layer has
+        return False
 
 
 def in_features(module: nn.Module) -> int:
@@ -265,6 +322,13 @@ def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -
 def is_pruned(module: nn.Module) -> bool:
     """Whether `convert` was called on `module`."""
     return isinstance(module, _PrunedInput)
+
+
+def _version(value: Tensor) -> int:
+    try:
+        return value._version
+    except RuntimeError:  # made in inference mode
+        return 0
 
 
 def _is_input_major(weight: Tensor) -> bool:

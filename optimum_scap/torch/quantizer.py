@@ -4,6 +4,7 @@ The weights of a checkpoint are those of the dense model, by the same names and 
 thresholds are part of config.json. A loader that does not know the method ignores it and gets the dense model.
 """
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -95,8 +96,14 @@ def attach_quantizer(model: nn.Module, parameters: SCAPParameters) -> None:
 def register() -> None:
     """Makes transformers know the method; calling it again is harmless."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        # OpenVINO's converter patches models of the quantization methods it knows, and warns of any other.
+        logging.getLogger("openvino.frontend.pytorch.ts_decoder").addFilter(_is_not_about_us)
         register_quantization_config(QUANT_METHOD)(SCAPQuantizationConfig)
         register_quantizer(QUANT_METHOD)(SCAPQuantizer)
+
+
+def _is_not_about_us(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or f"quantization type: {QUANT_METHOD}" not in str(record.exc_info[1])
 
 
 def _mark_as_float(model: nn.Module) -> None:

@@ -4,13 +4,24 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import optimum_cli, optimum_cli_in_process
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from optimum_scap import SCAPConfig, load_parameters, sparsify_activations
 from optimum_scap.openvino.inference import EXACT
@@ -192,6 +203,7 @@ def test_export_to_openvino_keeps_the_thresholds(sparse_torch: Path, texts: tupl
     expected = load_parameters_of(sparse_torch, tmp_path)
     model = OVModelForCausalLM.from_pretrained(output, ov_config=EXACT)
     ops = {match.layer.path: match for match in find_threshold_ops(model.model)}
+    assert "Unknown quantization type" not in result.stderr
     assert ops.keys() == expected.layers.keys()
     for path, layer in expected.layers.items():
         assert (ops[path].mode, ops[path].threshold) == (layer.mode, layer.threshold)
@@ -253,6 +265,106 @@ def test_damaged_checkpoints(sparse_torch: Path, tmp_path: Path) -> None:
     assert result.returncode == 1 and "is the model folder itself" in result.stderr
 
 
+@pytest.fixture
+def tiny_folder(smollm2: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a folder with a small random model of the kind asked for and SmolLM2's tokenizer."""
+
+    def make(kind: str) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+        if kind == "t5":
+            t5 = T5Config(**sizes, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=2)
+            model: PreTrainedModel = T5ForConditionalGeneration(t5)
+        else:
+            llama = LlamaConfig(
+                **sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+            )
+            model = LlamaForCausalLM(llama)
+        model.save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no tokenizer", "holds no tokenizer"),
+        ("half of the weights", "cannot be loaded: Error while deserializing header"),
+        ("a weight less", "1 weights are missing, such as model.layers.1.mlp.up_proj.weight"),
+        ("another format", "no format but safetensors is read"),
+        ("config is a list", "config.json cannot be read"),
+        ("wrong type in config", "'hidden_size' expected int"),
+        ("quantized", "nosuch-1 model"),
+    ],
+)
+def test_damaged_models(
+    damage: str, message: str, tiny_folder: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, output = tiny_folder("llama"), tmp_path / "output"
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif damage == "half of the weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "a weight less":
+        values = load_file(weights)
+        del values["model.layers.1.mlp.up_proj.weight"]
+        save_file(values, weights, metadata={"format": "pt"})
+    elif damage == "another format":
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+    elif damage == "config is a list":
+        config.write_text("[]")
+    elif damage == "wrong type in config":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "x"}))
+    else:
+        weights.unlink()
+        method = {"quant_method": "nosuch-1"}
+        config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": method}))
+    command = ("export", "torch", "-m", folder, "--scap", "0.4", "--scap-dataset", texts[0], *SMALL, output)
+    result = optimum_cli_in_process(*command)
+    assert result.returncode == 1 and message in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and str(folder) in result.stderr and not output.exists()
+
+
+def test_missing_models_are_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for model, message in ((tmp_path / "none", "does not exist"), (tmp_path / "file", "is a file, not a folder")):
+        result = optimum_cli_in_process("export", "torch", "-m", model, "--scap", "0.4", tmp_path / "out")
+        assert result.returncode == 1 and f"{model} {message}" in result.stderr
+
+
+def test_an_encoder_and_its_decoder(
+    tiny_folder: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = ("export", "torch", "-m", tiny_folder("t5"), "--scap", "0.4", "--scap-dataset", texts[0], *SMALL)
+    result = optimum_cli_in_process(*command, tmp_path / "sparse")
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse")
+    assert len(pruned_layers(model)) == 4
+    assert model.generate(torch.arange(100, 110)[None], max_new_tokens=3).shape[1] > 1
+
+
+def test_outputs_behind_links(tiny_folder: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """What a link points to is written, as with any other file, also where it is not there yet."""
+    model = tiny_folder("llama")
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large disk" / "not yet [1]")
+    command = ("export", "torch", "-m", model, "--scap", "0.4", "--scap-dataset", texts[0], *SMALL)
+    for _ in range(2):
+        result = optimum_cli_in_process(*command, tmp_path / "link")
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "link").is_symlink()
+        assert [path.name for path in (tmp_path / "large disk").iterdir()] == ["not yet [1]"]
+    result = optimum_cli_in_process(*command, model / "config.json" / "below")
+    assert result.returncode == 1 and "is not a folder" in result.stderr
+    result = optimum_cli_in_process(*command, tmp_path / ("long" * 62))
+    assert result.returncode == 1 and "cannot be created: [Errno 36]" in result.stderr
+
+
 def test_a_sparse_checkpoint_is_not_sparsified_again(
     sparse_torch: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -260,6 +372,9 @@ def test_a_sparse_checkpoint_is_not_sparsified_again(
         *("export", "torch", "-m", sparse_torch, "--scap", "0.4", "--scap-dataset", texts[0], *SMALL), tmp_path / "out"
     )
     assert result.returncode == 1 and "sparse already" in result.stderr
+    command = ("export", "openvino", "-m", sparse_torch, "--scap", "0.4", tmp_path / "out")
+    result = optimum_cli_in_process(*command)
+    assert result.returncode == 1 and "export it without --scap, its thresholds come along" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

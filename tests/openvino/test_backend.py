@@ -208,6 +208,18 @@ def test_configs_that_match_nothing(spec: str, fields: dict, message: str) -> No
         sparsify_activations(gated_ffn(), SCAPConfig.from_spec(spec, **fields), samples())
 
 
+def test_experts_are_not_left_out_silently(caplog: pytest.LogCaptureFixture) -> None:
+    model = gated_ffn(blocks=1)
+    x = model.get_parameters()[0]
+    experts = opset.matmul(x, opset.constant(np.ones((1, 8, HIDDEN), dtype=np.float32)), False, True)
+    experts.set_friendly_name("__module.model.layers.0.mlp.experts/aten::bmm/MatMul")
+    model.add_results([opset.result(experts)])
+    with pytest.raises(SCAPError, match="no fully connected layer is left.*experts of a mixture-of-experts model"):
+        sparsify_activations(model, "q=0.5", samples())
+    sparsify_activations(model, "0.5", samples())
+    assert "experts of this mixture-of-experts model stay dense" in caplog.text
+
+
 def test_include_and_exclude_select_layers() -> None:
     config = SCAPConfig.from_spec("0.5", include=(r"layers\.[01]\.",), exclude=(r"layers\.0\..*up", "down"))
     model = sparsify_activations(gated_ffn(), config, samples())

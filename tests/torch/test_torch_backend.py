@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from tiny_models import CONFIGS, LAYERS, tiny_model, tiny_samples
 from torch import nn
 from torch.utils.data import DataLoader
@@ -119,6 +119,117 @@ def test_every_kind_of_dataset(kind: str) -> None:
     sparsify_activations(expected, "0.4", samples)
     for path, module in pruned_layers(model).items():
         assert module.scap_threshold == pytest.approx(pruned_layers(expected)[path].scap_threshold, rel=0.02)
+
+
+def test_arrays_are_samples_too() -> None:
+    model, expected, samples = tiny_model("llama"), tiny_model("llama"), tiny_samples("llama")
+    sparsify_activations(expected, "0.4", samples)
+    sparsify_activations(model, "0.4", nncf.Dataset([{"input_ids": x["input_ids"].cpu().numpy()} for x in samples]))
+    for path, module in pruned_layers(model).items():  # an nncf.Dataset has no length: its first pass is a whole one
+        assert module.scap_threshold == pytest.approx(pruned_layers(expected)[path].scap_threshold, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"input_ids": [1, 2, 3]}], r"a LlamaForCausalLM cannot run on the calibration sample \{input_ids: \[int"),
+        (["some text"], "cannot run on the calibration sample str"),
+        ([{"ids": torch.ones(1, 8).long()}], r"calibration sample \{ids: Tensor\[1, 8\]\}"),
+        ({"input_ids": torch.ones(1, 8).long()}, "a dict of input_ids is one sample"),
+        (DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}), "a DatasetDict of train is one sample or a dict"),
+        (5, "a dataset of type int cannot be iterated over"),
+    ],
+)
+def test_data_that_no_model_can_read(data: object, message: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(SCAPError, match=message):
+        sparsify_activations(model, "0.4", data)
+    assert not pruned_layers(model)
+
+
+def test_tables_with_gaps_and_streams_without_columns() -> None:
+    class Characters:
+        is_fast = False
+
+        def __call__(self, text: str, **_options: object) -> dict[str, list[int]]:
+            return {"input_ids": [3 + ord(character) % 100 for character in text]}
+
+    rows = [{"text": None}, {"text": " "}, *({"text": "a quick brown fox jumps over the lazy dog" * 4},) * 4]
+    config = SCAPConfig.from_spec("0.4", num_samples=4, seq_len=32)
+    found = []
+    for table in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
+        model = tiny_model("llama")
+        sparsify_activations(model, config, table, tokenizer=Characters())
+        found.append([module.scap_threshold for module in pruned_layers(model).values()])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("what", ["model", "block"])
+def test_models_that_are_compiled_already(what: str) -> None:
+    """Compiled code does not see the hooks that are added later."""
+    model, expected, samples = tiny_model("llama"), tiny_model("llama"), tiny_samples("llama")
+    for module in [model] if what == "model" else [layer.mlp for layer in model.model.layers]:
+        module.compile(backend="aot_eager")
+    logits_of(model, samples[0])
+    for each in (model, expected):
+        sparsify_activations(each, "0.4", samples)
+    for path, module in pruned_layers(expected).items():
+        assert pruned_layers(model)[path].scap_threshold == pytest.approx(module.scap_threshold, rel=1e-5)
+    torch.testing.assert_close(logits_of(model, samples[0]), logits_of(expected, samples[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_are_called_with_keywords() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(input=self.up_proj(input=x).tanh())
+
+    model, samples = Block(), [torch.randn(64, 16)]
+    sparsify_activations(model, "0.4", samples)
+    assert measure_sparsity(model, samples) == pytest.approx({"up_proj": 0.4, "down_proj": 0.4}, abs=0.01)
+
+
+def test_layers_that_stay_dense_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(input)
+
+    model = nn.Sequential()
+    model.up_proj, model.down_proj = Scaled(8, 16), nn.Linear(16, 8)
+    samples, before = [torch.randn(32, 8)], type(model.up_proj)
+    with pytest.raises(SCAPError, match="up_proj: the forward of Scaled is not that of nn.Linear"):
+        sparsify_activations(model, "up=0.4", samples)
+    sparsify_activations(model, "0.4", samples)
+    assert type(model.up_proj) is before and pruned_layers(model).keys() == {"down_proj"}
+    assert "1 layers are left dense; up_proj: the forward of Scaled" in caplog.text
+
+    lazy = nn.Sequential()
+    lazy.up_proj = nn.LazyLinear(8)
+    with pytest.raises(SCAPError, match="run the model once"):
+        sparsify_activations(lazy, "0.4", samples)
+    with pytest.raises(SCAPError, match="the include and exclude patterns leave none"):
+        sparsify_activations(tiny_model("llama"), SCAPConfig.from_spec("0.4", exclude=("mlp",)), tiny_samples("llama"))
+
+
+def test_experts_are_not_pruned_silently(caplog: pytest.LogCaptureFixture) -> None:
+    config = tf.MixtralConfig(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    samples = tiny_samples("llama")
+    with pytest.raises(SCAPError, match=r"experts\.gate_up_proj: experts of a mixture-of-experts model"):
+        sparsify_activations(tf.MixtralForCausalLM(config), "0.4", samples)
+    model = sparsify_activations(tf.MixtralForCausalLM(config), "q=0.4,up=0.4", samples)
+    assert len(pruned_layers(model)) == 1
+    assert "mixture-of-experts model are not pruned" in caplog.text
 
 
 def test_any_module_without_transformers() -> None:
@@ -234,6 +345,14 @@ def test_parameters_alone(tmp_path: Path) -> None:
         sparsify_activations(tiny_model("llama"), load_parameters(tmp_path / "parameters.json"))
     with pytest.raises(SCAPError, match="no dataset is needed"):
         sparsify_activations(tiny_model("gpt2"), load_parameters(tmp_path / "parameters.json"), samples)
+
+
+def test_parameters_of_wrapped_models(tmp_path: Path) -> None:
+    model, samples = nn.DataParallel(tiny_model("llama")), tiny_samples("llama")
+    sparsify_activations(model, "0.4", samples)
+    save_parameters(read_parameters(model), tmp_path / "parameters.json")
+    other = sparsify_activations(tiny_model("llama"), load_parameters(tmp_path / "parameters.json"))
+    assert torch.equal(logits_of(other, samples[0]), logits_of(model.module, samples[0]))
 
 
 def test_a_head_may_be_added_or_left_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,47 @@ def test_nan_is_kept_and_what_is_on_the_threshold_is_not(rows: int) -> None:
         torch.testing.assert_close(layer(x)[0], x[0, 2] * layer.weight[:, 2])
         x[0, 3] = float("nan")
         assert layer(x)[0].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_the_input_may_be_named(rows: int) -> None:
+    layer, x = pruned_linear(8, 4), torch.randn(rows, 8)
+    assert torch.equal(layer(input=x), layer(x))
+    conv1d = Conv1D(4, 8)
+    convert(conv1d, parameters(), "all")
+    assert torch.equal(conv1d(x=x), conv1d(x))
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_autocast(rows: int) -> None:
+    layer, x = pruned_linear(16, 8, mode=0.3), torch.randn(rows, 16)
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), formula(x, layer), atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pickled_models(name: str) -> None:
+    model, samples = tiny_model(name), tiny_samples(name)
+    sparsify_activations(model, SCAPConfig.from_spec("0.4", mode="median"), samples)
+    again = pickle.loads(pickle.dumps(model))
+    assert pruned_layers(again).keys() == pruned_layers(model).keys()
+    with torch.no_grad():
+        for ids in (samples[0]["input_ids"], samples[0]["input_ids"][:1, :1]):
+            assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_sparsified_in_inference_mode_and_trained_later() -> None:
+    layer = nn.Linear(24, 10)
+    with torch.inference_mode():
+        convert(layer, parameters(0.3), "all")
+        layer(torch.randn(1, 24))
+    layer(torch.randn(4, 24)).square().sum().backward()
+    assert layer.weight.grad is not None
+    with torch.inference_mode():
+        made_here = pruned_linear(24, 10, mode=0.3)
+        made_here(torch.randn(1, 24))
 
 
 def test_conv1d() -> None:
@@ -188,6 +230,23 @@ def test_what_cannot_be_pruned() -> None:
     assert not is_fully_connected(nn.Conv1d(4, 4, 1))
     with pytest.raises(SCAPError, match="Embedding"):
         convert(nn.Embedding(4, 4), parameters(), "all")
+
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(input)
+
+    class Rewritten(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            y = input @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    assert not is_fully_connected(Scaled(4, 4))
+    assert is_fully_connected(Rewritten(4, 4))
+    assert not is_fully_connected(nn.LazyLinear(4))
+    assert not is_fully_connected(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    assert not is_fully_connected(patched)
     layer = pruned_linear(4, 4)
     with pytest.raises(SCAPError, match="already"):
         convert(layer, parameters(), "all")
@@ -278,6 +337,15 @@ def test_what_is_compiled_is_the_sparse_operation(rows: int) -> None:
 def test_exported_programs_hold_ordinary_operations() -> None:
     program = torch.export.export(pruned_linear(16, 8, mode=0.3).eval(), (torch.randn(1, 16),))
     assert not any("optimum_scap" in str(node.target) for node in program.graph.nodes)
+
+
+def test_exported_programs_serve_any_number_of_rows() -> None:
+    layer = pruned_linear(16, 8).eval()
+    shapes = {"input": {0: torch.export.Dim("rows", min=2, max=100)}}
+    program = torch.export.export(layer, (torch.randn(20, 16),), dynamic_shapes=shapes)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), layer(x))
 
 
 @settings(deadline=None, max_examples=200)

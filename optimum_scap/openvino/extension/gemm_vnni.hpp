@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "gemv_vnni.hpp"
+#include "vnni.hpp"
 
 #if defined(SCAP_VNNI)
 

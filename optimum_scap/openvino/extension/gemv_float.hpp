@@ -21,62 +21,60 @@ SCAP_INLINE simd::Float load_zero_point(const Weights& weights, int64_t group, i
                                           : simd::load_u8(weights.zero_points + group * weights.padded_out() + column);
 }
 
-/// accumulators[c - first_column] += sum over panels [first_panel, last_panel) of x W in float32, for columns from
-/// first_column up to last_column, rounded up to whole chunks.
+/// accumulators[c - first_column] += x W of panel p in float32, for columns from first_column up to last_column,
+/// rounded up to whole chunks. `values` are the panel's activations; the panels up to last_panel follow.
 template <WeightType Type>
-void gemv(const Weights& weights, const Panels& panels, int64_t first_panel, int64_t last_panel, int64_t first_column,
-          int64_t last_column, float* accumulators) {
+void gemv_panel(const Weights& weights, const Panels& panels, int64_t p, int64_t last_panel, const float* values,
+                int64_t first_column, int64_t last_column, float* accumulators) {
     constexpr int64_t kChunkBytes = kChunk * bits(Type) / 8;
     constexpr int64_t kPrefetchBytes = kChunkBytes < 256 ? 256 : kChunkBytes;
     const int64_t row_bytes = weights.row_bytes();
     const int64_t first_byte = first_column * bits(Type) / 8;
-    for (int64_t p = first_panel; p < last_panel; ++p) {
-        const Panel& panel = panels.items[p];
-        const uint32_t* rows = panels.rows + panel.first;
-        const float* values = panels.values + panel.first;
-        // Row k of this panel is followed, past its end, by row k of the next one.
-        const Panel* next = p + 1 < last_panel ? &panels.items[p + 1] : nullptr;
-        float sum = 0.0f;
-        for (int64_t k = 0; k < panel.used; ++k) {
-            sum += values[k];
+    const int64_t last_byte = last_column * bits(Type) / 8;
+    const Panel& panel = panels.items[p];
+    const uint32_t* rows = panels.rows + panel.first;
+    // Row k of this panel is followed, past its end, by row k of the next one.
+    const Panel* next = p + 1 < last_panel ? &panels.items[p + 1] : nullptr;
+    float sum = 0.0f;
+    for (int64_t k = 0; k < panel.used; ++k) {
+        sum += values[k];
+    }
+    for (int64_t column = first_column; column < last_column; column += kChunk) {
+        const int64_t byte = column * bits(Type) / 8;
+        simd::Float total[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+            total[i] = simd::set1(0.0f);
         }
-        for (int64_t column = first_column; column < last_column; column += kChunk) {
-            const int64_t byte = column * bits(Type) / 8;
-            simd::Float total[kVectors];
+        const bool wraps = byte + kPrefetchBytes >= last_byte;
+        for (int64_t k = 0; k < panel.used; ++k) {
+            const uint8_t* row = weights.row(rows[k]) + byte;
+            const uint8_t* ahead = row + kPrefetchBytes;
+            if (wraps && next != nullptr) {
+                ahead = weights.data + panels.rows[next->first + std::min(k, next->used - 1)] * row_bytes + first_byte +
+                        std::max<int64_t>(byte + kPrefetchBytes - last_byte, 0);
+            }
+            for (int64_t line = 0; line < kChunkBytes; line += 64) {
+                prefetch(ahead + line);
+            }
+            simd::Float w[kVectors];
+            load_chunk<Type>(row, w);
+            const simd::Float x = simd::set1(values[k]);
             for (int i = 0; i < kVectors; ++i) {
-                total[i] = simd::set1(0.0f);
+                total[i] = simd::fma(x, w[i], total[i]);
             }
-            const bool wraps = byte + kPrefetchBytes >= last_column * bits(Type) / 8;
-            for (int64_t k = 0; k < panel.used; ++k) {
-                const uint8_t* row = weights.row(rows[k]) + byte;
-                const uint8_t* ahead = row + kPrefetchBytes;
-                if (wraps && next != nullptr) {
-                    ahead = weights.data + panels.rows[next->first + std::min(k, next->used - 1)] * row_bytes +
-                            first_byte + std::max<int64_t>(byte + kPrefetchBytes - last_column * bits(Type) / 8, 0);
-                }
-                for (int64_t line = 0; line < kChunkBytes; line += 64) {
-                    prefetch(ahead + line);
-                }
-                simd::Float w[kVectors];
-                load_chunk<Type>(row, w);
-                const simd::Float x = simd::set1(values[k]);
-                for (int i = 0; i < kVectors; ++i) {
-                    total[i] = simd::fma(x, w[i], total[i]);
+        }
+        for (int i = 0; i < kVectors; ++i) {
+            const int64_t at = column + i * simd::kWidth;
+            if constexpr (is_quantized(Type)) {
+                const simd::Float offset = simd::mul(simd::set1(sum), load_zero_point(weights, panel.group, at));
+                total[i] = simd::sub(total[i], offset);
+                if (weights.grouped()) {
+                    total[i] =
+                        simd::mul(total[i], simd::load_scale(weights.scale_type, weights.scale_at(panel.group, at)));
                 }
             }
-            for (int i = 0; i < kVectors; ++i) {
-                const int64_t at = column + i * simd::kWidth;
-                if constexpr (is_quantized(Type)) {
-                    const simd::Float offset = simd::mul(simd::set1(sum), load_zero_point(weights, panel.group, at));
-                    total[i] = simd::sub(total[i], offset);
-                    if (weights.grouped()) {
-                        total[i] = simd::mul(total[i],
-                                             simd::load_scale(weights.scale_type, weights.scale_at(panel.group, at)));
-                    }
-                }
-                float* accumulator = accumulators + at - first_column;
-                simd::store(accumulator, simd::add(simd::load(accumulator), total[i]));
-            }
+            float* accumulator = accumulators + at - first_column;
+            simd::store(accumulator, simd::add(simd::load(accumulator), total[i]));
         }
     }
 }

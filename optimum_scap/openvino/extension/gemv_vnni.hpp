@@ -1,289 +1,205 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "quantize.hpp"
+#include "vnni.hpp"
 
 #if defined(SCAP_VNNI)
 
+/// Few rows of activations times quantized weights, at the speed at which the kept channels' weights can be read.
 namespace scap::vnni {
 
+// Rows of weights that are read side by side: as many streams as the hardware prefetchers follow. And how far ahead.
+constexpr int64_t kStreams = 16;
+constexpr int64_t kAhead = 512;
+
+// Rows of activations whose sums fit the registers.
+constexpr int kStreamRows = kBytes == 64 ? 6 : 2;
+
+SCAP_INLINE Int dot16(Int sum, Int a, Int b) {
 #    if defined(SCAP_AVX512)
-using Int = __m512i;
-constexpr int kBytes = 64;
-SCAP_INLINE Int load(const uint8_t* p) {
-    return _mm512_loadu_si512(p);
-}
-SCAP_INLINE void store(uint8_t* p, Int v) {
-    _mm512_store_si512(p, v);
-}
-SCAP_INLINE Int zero() {
-    return _mm512_setzero_si512();
-}
-SCAP_INLINE Int set1(int32_t v) {
-    return _mm512_set1_epi32(v);
-}
-SCAP_INLINE Int dot(Int sum, Int u8, Int s8) {
-    // With the intrinsic GCC 12 copies accumulators around, through memory when there are many: half of the speed.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
-}
-SCAP_INLINE Int interleave8_low(Int a, Int b) {
-    return _mm512_unpacklo_epi8(a, b);
-}
-SCAP_INLINE Int interleave8_high(Int a, Int b) {
-    return _mm512_unpackhi_epi8(a, b);
-}
-SCAP_INLINE Int interleave16_low(Int a, Int b) {
-    return _mm512_unpacklo_epi16(a, b);
-}
-SCAP_INLINE Int interleave16_high(Int a, Int b) {
-    return _mm512_unpackhi_epi16(a, b);
-}
-SCAP_INLINE Int low_nibbles(Int v) {
-    return _mm512_and_si512(v, _mm512_set1_epi8(15));
-}
-SCAP_INLINE Int high_nibbles(Int v) {
-    return low_nibbles(_mm512_srli_epi16(v, 4));
-}
-SCAP_INLINE Int shift_left8(Int v) {
-    return _mm512_slli_epi32(v, 8);
-}
-SCAP_INLINE Int add(Int a, Int b) {
-    return _mm512_add_epi32(a, b);
-}
-SCAP_INLINE Int sub(Int a, Int b) {
-    return _mm512_sub_epi32(a, b);
-}
-SCAP_INLINE Int mul(Int a, Int b) {
-    return _mm512_mullo_epi32(a, b);
-}
-SCAP_INLINE simd::Float to_float(Int v) {
-    return _mm512_cvtepi32_ps(v);
-}
-SCAP_INLINE Int load_u8(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-/// Interleaving bytes inside 128-bit lanes leaves lane l of v[k] with columns 16 l + 4 k .. + 3: put them in order.
-SCAP_INLINE void order_columns(Int v[4]) {
-    const Int a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
-    const Int b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
-    const Int c = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
-    const Int d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
-    v[0] = _mm512_shuffle_i32x4(a, c, 0x88);
-    v[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    v[2] = _mm512_shuffle_i32x4(b, d, 0x88);
-    v[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
-}
 #    else
-using Int = __m256i;
-constexpr int kBytes = 32;
-SCAP_INLINE Int load(const uint8_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const Int*>(p));
-}
-SCAP_INLINE void store(uint8_t* p, Int v) {
-    _mm256_store_si256(reinterpret_cast<Int*>(p), v);
-}
-SCAP_INLINE Int zero() {
-    return _mm256_setzero_si256();
-}
-SCAP_INLINE Int set1(int32_t v) {
-    return _mm256_set1_epi32(v);
-}
-SCAP_INLINE Int dot(Int sum, Int u8, Int s8) {
-    return _mm256_dpbusd_avx_epi32(sum, u8, s8);
-}
-SCAP_INLINE Int interleave8_low(Int a, Int b) {
-    return _mm256_unpacklo_epi8(a, b);
-}
-SCAP_INLINE Int interleave8_high(Int a, Int b) {
-    return _mm256_unpackhi_epi8(a, b);
-}
-SCAP_INLINE Int interleave16_low(Int a, Int b) {
-    return _mm256_unpacklo_epi16(a, b);
-}
-SCAP_INLINE Int interleave16_high(Int a, Int b) {
-    return _mm256_unpackhi_epi16(a, b);
-}
-SCAP_INLINE Int low_nibbles(Int v) {
-    return _mm256_and_si256(v, _mm256_set1_epi8(15));
-}
-SCAP_INLINE Int high_nibbles(Int v) {
-    return low_nibbles(_mm256_srli_epi16(v, 4));
-}
-SCAP_INLINE Int shift_left8(Int v) {
-    return _mm256_slli_epi32(v, 8);
-}
-SCAP_INLINE Int add(Int a, Int b) {
-    return _mm256_add_epi32(a, b);
-}
-SCAP_INLINE Int sub(Int a, Int b) {
-    return _mm256_sub_epi32(a, b);
-}
-SCAP_INLINE Int mul(Int a, Int b) {
-    return _mm256_mullo_epi32(a, b);
-}
-SCAP_INLINE simd::Float to_float(Int v) {
-    return _mm256_cvtepi32_ps(v);
-}
-SCAP_INLINE Int load_u8(const uint8_t* p) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-/// Interleaving bytes inside 128-bit lanes leaves lane l of v[k] with columns 16 l + 4 k .. + 3: put them in order.
-SCAP_INLINE void order_columns(Int v[4]) {
-    const Int a = _mm256_permute2x128_si256(v[0], v[1], 0x20);
-    const Int b = _mm256_permute2x128_si256(v[2], v[3], 0x20);
-    const Int c = _mm256_permute2x128_si256(v[0], v[1], 0x31);
-    const Int d = _mm256_permute2x128_si256(v[2], v[3], 0x31);
-    v[0] = a;
-    v[1] = b;
-    v[2] = c;
-    v[3] = d;
-}
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
 #    endif
-
-/// Four bytes in every lane.
-SCAP_INLINE Int broadcast(const int8_t* p) {
-    int32_t bytes;
-    std::memcpy(&bytes, p, sizeof(bytes));
-    return set1(bytes);
 }
 
-/// Columns of one vector load.
-template <WeightType Type>
-constexpr int64_t kColumns = Type == WeightType::u4 ? 2 * kBytes : kBytes;
-
-/// Interleaves one vector of four rows so that each 32-bit lane holds one column of the four.
-SCAP_INLINE void interleave_rows(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, Int v[4]) {
-    const Int ra = load(a), rb = load(b), rc = load(c), rd = load(d);
-    const Int ab_low = interleave8_low(ra, rb), ab_high = interleave8_high(ra, rb);
-    const Int cd_low = interleave8_low(rc, rd), cd_high = interleave8_high(rc, rd);
-    v[0] = interleave16_low(ab_low, cd_low);
-    v[1] = interleave16_high(ab_low, cd_low);
-    v[2] = interleave16_low(ab_high, cd_high);
-    v[3] = interleave16_high(ab_high, cd_high);
+/// Of 16-bit numbers that fit a byte.
+SCAP_INLINE Int shift_right4(Int v) {
+#    if defined(SCAP_AVX512)
+    return _mm512_srli_epi16(v, 4);
+#    else
+    return _mm256_srli_epi16(v, 4);
+#    endif
 }
 
-/// The first column of ordered vector i of nibble half h (always 0 for u8), relative to the load's first column.
-template <WeightType Type>
-constexpr int64_t column_of(int half, int i) {
-    const int64_t at = int64_t(i) * simd::kWidth;
-    return Type == WeightType::u4 ? at / 16 * 32 + half * 16 + at % 16 : at;
-}
-
-/// What turns the integer sums of one group into floats, for the ordered vectors of one vector load of columns:
-/// x_scale * scale * (256 * high + low - sum * zero_point). Without groups the scale is applied once, at the very end.
-template <WeightType Type>
-struct Fold {
-    static constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
-    simd::Float scale[kHalves][4];
-    Int zero_point[kHalves][4];
-    bool has_scale;
-    bool has_zero_points;
-    int32_t common_zero_point;
-
-    SCAP_INLINE Fold(const Weights& weights, int64_t group, int64_t column)
-        : has_scale(weights.grouped()),
-          has_zero_points(weights.zero_points != nullptr),
-          common_zero_point(weights.zero_point) {
-        for (int half = 0; half < kHalves; ++half) {
-            for (int i = 0; i < 4; ++i) {
-                const int64_t at = column + column_of<Type>(half, i);
-                if (has_scale) {
-                    scale[half][i] = simd::load_scale(weights.scale_type, weights.scale_at(group, at));
-                }
-                if (has_zero_points) {
-                    zero_point[half][i] = load_u8(weights.zero_points + group * weights.padded_out() + at);
-                }
-            }
-        }
-    }
-
-    SCAP_INLINE void add_to(float* accumulators, int half, Int high[4], Int low[4], float x_scale, int32_t sum) const {
-        Int v[4];
-        for (int i = 0; i < 4; ++i) {
-            v[i] = add(shift_left8(high[i]), low[i]);
-        }
-        order_columns(v);
-        for (int i = 0; i < 4; ++i) {
-            add_vector(accumulators, half, i, v[i], x_scale, sum);
-        }
-    }
-
-    /// The same for ordered vector i alone, `v` being 256 * high + low.
-    SCAP_INLINE void add_vector(float* accumulators, int half, int i, Int v, float x_scale, int32_t sum) const {
-        float* at = accumulators + column_of<Type>(half, i);
-        // Modulo 2^32 on purpose: the difference fits, whatever its two terms do.
-        const Int offset = has_zero_points ? mul(set1(sum), zero_point[half][i])
-                                           : set1(static_cast<int32_t>(uint32_t(sum) * uint32_t(common_zero_point)));
-        const simd::Float value = to_float(sub(v, offset));
-        const simd::Float factor = has_scale ? simd::mul(scale[half][i], simd::set1(x_scale)) : simd::set1(x_scale);
-        simd::store(at, simd::fma(value, factor, simd::load(at)));
-    }
+/// Activations of one panel as integers, x = scale * q.
+struct QuantizedPanel {
+    alignas(64) int16_t values[kFewRows][kMaxQuantizedRows];
+    float scales[kFewRows];
+    int32_t sums[kFewRows];
 };
 
-// Far enough ahead to hide DRAM, near enough that 32 rows of it stay in the first-level cache.
-constexpr int64_t kPrefetchBytes = 256;
+/// Whether all of them are quantizable.
+inline bool quantize_panel(const float* x, int64_t rows, int64_t padded, QuantizedPanel& out) {
+    for (int64_t m = 0; m < rows; ++m) {
+        const float* values = x + m * kMaxQuantizedRows;
+        const uint32_t largest = largest_magnitude(values, padded);
+        if (!quantizable(largest)) {
+            return false;
+        }
+        out.sums[m] = quantize(values, padded, largest, out.values[m], &out.scales[m]);
+    }
+    return true;
+}
 
-/// accumulators[c - first_column] += sum over panels [first_panel, last_panel) of x W for columns from first_column
-/// up to last_column, rounded up to whole vector loads.
-template <WeightType Type>
-void gemv(const Weights& weights, const Panels& panels, const QuantizedPanels& x, int64_t first_panel,
-          int64_t last_panel, int64_t first_column, int64_t last_column, float* accumulators) {
+/// Keeps GCC from computing several addresses in one vector, to take them out of it again one by one.
+SCAP_INLINE const uint8_t* scalar(const uint8_t* p) {
+    asm("" : "+r"(p));
+    return p;
+}
+
+/// Two rows of weights with one 16-bit number per value and column, pairs of rows in the 32-bit lanes: four vectors for
+/// each of `Halves` nibble halves from `half` on (1 and 0 for u8).
+template <WeightType Type, int Halves>
+SCAP_INLINE void load_pair(const uint8_t* first, const uint8_t* second, int half, Int v[4 * Halves]) {
+    Int a = load(first), b = load(second);
+    if constexpr (Type == WeightType::u4 && Halves == 1) {
+        a = half == 0 ? low_nibbles(a) : high_nibbles(a);
+        b = half == 0 ? low_nibbles(b) : high_nibbles(b);
+    }
+    const Int low = interleave8_low(a, b), high = interleave8_high(a, b);
+    v[0] = interleave8_low(low, zero());
+    v[1] = interleave8_high(low, zero());
+    v[2] = interleave8_low(high, zero());
+    v[3] = interleave8_high(high, zero());
+    if constexpr (Halves == 2) {
+        for (int i = 0; i < 4; ++i) {
+            v[4 + i] = shift_right4(v[i]);
+            v[i] = low_nibbles(v[i]);
+        }
+    }
+}
+
+/// kStreams rows of weights, or what is left of a panel, and the rows that are read after them.
+struct Block {
+    const uint8_t* rows[kStreams];
+    const uint8_t* next[kStreams];
+    int64_t pairs;
+    bool first;  // of its panel
+};
+
+/// sums[m][4 * Halves vectors] (of the block's panel, as interleaving leaves them) += products of the block at `byte`.
+/// `Full`: the block has all its rows, and the loop over them a constant length.
+template <WeightType Type, int Rows, int Halves, bool Full>
+SCAP_INLINE void add_block(const Block& block, int64_t byte, int half, const int16_t* x, int32_t* sums,
+                           int64_t pitch) {
+    constexpr int kVectors = 4 * Halves;
+    Int total[Rows][kVectors];
+    unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
+        unroll<kVectors>([&](auto i) SCAP_INLINE_LAMBDA {
+            const int32_t* at = sums + m * pitch + i * simd::kWidth;
+            total[m][i] = block.first ? zero() : load(reinterpret_cast<const uint8_t*>(at));
+        });
+    });
+    for (int64_t pair = 0; pair < (Full ? kStreams / 2 : block.pairs); ++pair) {
+        Int v[kVectors];
+        load_pair<Type, Halves>(scalar(block.rows[2 * pair]) + byte, scalar(block.rows[2 * pair + 1]) + byte, half, v);
+        unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
+            const Int value = broadcast(reinterpret_cast<const int8_t*>(x + m * kMaxQuantizedRows + 2 * pair));
+            unroll<kVectors>([&](auto i) SCAP_INLINE_LAMBDA {
+                total[m][i] = dot16(total[m][i], v[i], value);
+            });
+        });
+    }
+    unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
+        unroll<kVectors>([&](auto i) SCAP_INLINE_LAMBDA {
+            store(reinterpret_cast<uint8_t*>(sums + m * pitch + i * simd::kWidth), total[m][i]);
+        });
+    });
+}
+
+/// add_block for all columns. A function of its own, and the folding another one: the sums need all registers.
+template <WeightType Type, int Rows, bool Full>
+__attribute__((noinline)) void stream_block(const Block& block, int64_t width, const int16_t* x, int32_t* sums,
+                                            int64_t pitch) {
     constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
-    const int64_t row_bytes = weights.row_bytes();
-    const uint8_t* base = weights.data + first_column * bits(Type) / 8;
-    const int64_t width = (last_column - first_column) * bits(Type) / 8;
-    for (int64_t p = first_panel; p < last_panel; ++p) {
-        const Panel& panel = panels.items[p];
-        const int64_t quads = panel.padded() / 4;
-        const uint32_t* rows = panels.rows + panel.first;
-        const bool has_next = p + 1 < last_panel;
-        const Panel& next = panels.items[has_next ? p + 1 : p];
-        const uint32_t* next_rows = panels.rows + next.first;
-        const int64_t next_quads = has_next ? next.padded() / 4 : 0;
-        for (int64_t byte = 0; byte < width; byte += kBytes) {
-            const int64_t ahead = byte + kPrefetchBytes;
-            const bool wraps = ahead >= width;
-            const uint32_t* ahead_rows = wraps ? next_rows : rows;
-            const uint8_t* ahead_base = base + (wraps ? ahead - width / kBytes * kBytes : ahead);
-            const int64_t ahead_quads = wraps ? next_quads : quads;
-            Int high[kHalves][4], low[kHalves][4];
-            for (int half = 0; half < kHalves; ++half) {
-                for (int i = 0; i < 4; ++i) {
-                    high[half][i] = low[half][i] = zero();
-                }
+    constexpr int kPasses = ceil_div(Rows, kStreamRows);
+    for (int64_t byte = 0; byte < width; byte += kBytes) {
+        const bool wraps = byte + kAhead >= width;
+        const uint8_t* const* ahead = wraps ? block.next : block.rows;
+        const int64_t ahead_byte = byte + kAhead - (wraps ? width : 0);
+        for (int64_t i = 0; i < (Full ? kStreams : 2 * block.pairs); ++i) {
+            prefetch(scalar(ahead[i]) + ahead_byte);
+        }
+        unroll<kPasses>([&](auto pass) SCAP_INLINE_LAMBDA {
+            constexpr int kFirst = Rows * pass / kPasses;
+            constexpr int kCount = Rows * (pass + 1) / kPasses - kFirst;
+            // The sums of one row leave registers for both halves of u4 at once.
+            constexpr int kTogether = kCount == 1 ? kHalves : 1;
+            for (int half = 0; half < kHalves; half += kTogether) {
+                add_block<Type, kCount, kTogether, Full>(block, byte, half, x + kFirst * kMaxQuantizedRows,
+                                                         sums + kFirst * pitch + (byte * kHalves + half * kBytes),
+                                                         pitch);
             }
-            for (int64_t quad = 0; quad < quads; ++quad) {
-                const uint32_t* r = rows + 4 * quad;
-                if (quad < ahead_quads) {
-                    for (int k = 0; k < 4; ++k) {
-                        prefetch(ahead_base + ahead_rows[4 * quad + k] * row_bytes);
-                    }
-                }
+        });
+    }
+}
+
+/// accumulators += what the sums of a panel mean.
+template <WeightType Type>
+__attribute__((noinline)) void fold_panel(const Weights& weights, int64_t group, const QuantizedPanel& x, int64_t rows,
+                                          int64_t first_column, int64_t columns, const int32_t* sums,
+                                          float* accumulators, int64_t pitch) {
+    constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
+    for (int64_t column = 0; column < columns; column += kHalves * kBytes) {
+        for (int half = 0; half < kHalves; ++half) {
+            FoldVector fold[4];
+            for (int i = 0; i < 4; ++i) {
+                fold[i] = FoldVector(weights, group, first_column + column + column_of<Type>(half, i));
+            }
+            for (int64_t m = 0; m < rows; ++m) {
+                const int32_t* at = sums + m * pitch + column + half * kBytes;
                 Int v[4];
-                const uint8_t* at = base + byte;
-                interleave_rows(at + r[0] * row_bytes, at + r[1] * row_bytes, at + r[2] * row_bytes,
-                                at + r[3] * row_bytes, v);
-                const Int x_high = broadcast(x.high + panel.first + 4 * quad);
-                const Int x_low = broadcast(x.low + panel.first + 4 * quad);
                 for (int i = 0; i < 4; ++i) {
-                    const Int first = Type == WeightType::u4 ? low_nibbles(v[i]) : v[i];
-                    high[0][i] = dot(high[0][i], first, x_high);
-                    low[0][i] = dot(low[0][i], first, x_low);
-                    if constexpr (Type == WeightType::u4) {
-                        const Int second = high_nibbles(v[i]);
-                        high[1][i] = dot(high[1][i], second, x_high);
-                        low[1][i] = dot(low[1][i], second, x_low);
-                    }
+                    v[i] = load(reinterpret_cast<const uint8_t*>(at + i * simd::kWidth));
                 }
-            }
-            const int64_t column = byte * 8 / bits(Type);
-            const Fold<Type> fold(weights, panel.group, first_column + column);
-            for (int half = 0; half < kHalves; ++half) {
-                fold.add_to(accumulators + column, half, high[half], low[half], x.scales[p], x.sums[p]);
+                order_columns(v);
+                for (int i = 0; i < 4; ++i) {
+                    fold[i].add_to(accumulators + m * pitch + column + column_of<Type>(half, i), v[i], x.scales[m],
+                                   x.sums[m]);
+                }
             }
         }
     }
+}
+
+/// accumulators[m][c - first_column] += x W of panel p for `Rows` rows of x and the columns from first_column up to
+/// last_column, rounded up to whole vector loads. `sums` is scratch of the same shape. The panels up to last_panel
+/// follow.
+template <WeightType Type, int Rows>
+void gemv_panel(const Weights& weights, const Panels& panels, int64_t p, int64_t last_panel, const QuantizedPanel& x,
+                int64_t first_column, int64_t last_column, int32_t* sums, float* accumulators, int64_t pitch) {
+    const Panel& panel = panels.items[p];
+    const int64_t row_bytes = weights.row_bytes();
+    const uint8_t* base = weights.data + first_column * bits(Type) / 8;
+    const int64_t width = round_up((last_column - first_column) * bits(Type) / 8, kBytes);
+    // Panels lie one behind the other: what is read after a block are the rows that follow, of whatever panel.
+    const int64_t end = last_panel < panels.count ? panels.items[last_panel].first : panels.padded_rows;
+    const uint32_t* channels = panels.rows + panel.first;
+    for (int64_t k = 0; k < panel.padded(); k += kStreams) {
+        const int64_t count = std::min(panel.padded() - k, kStreams);
+        Block block;
+        for (int64_t i = 0; i < kStreams; ++i) {
+            block.rows[i] = base + channels[k + std::min(i, count - 1)] * row_bytes;
+            block.next[i] = base + channels[std::min(k + count + i, end - panel.first - 1)] * row_bytes;
+        }
+        block.pairs = count / 2;
+        block.first = k == 0;
+        const auto stream = count == kStreams ? stream_block<Type, Rows, true> : stream_block<Type, Rows, false>;
+        stream(block, width, x.values[0] + k, sums, pitch);
+    }
+    fold_panel<Type>(weights, panel.group, x, Rows, first_column, width * 8 / bits(Type), sums, accumulators, pitch);
 }
 
 }  // namespace scap::vnni

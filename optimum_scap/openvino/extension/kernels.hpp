@@ -6,6 +6,7 @@
 #include "gemm_float.hpp"
 #include "gemm_vnni.hpp"
 #include "gemv_float.hpp"
+#include "gemv_vnni.hpp"
 
 /// Which kernel a layer takes, and the switch from weight types to templates.
 namespace scap {
@@ -18,7 +19,7 @@ enum class Precision { f32, split, bf16 };
 
 enum class Kernel { floats, int8, bf16 };
 
-// Panel heights: one row per fully sequential stream that the prefetchers follow (decode), or as many rows as make
+// Panel heights of the float kernels: one row per stream that the prefetchers follow (one row), or as many as make
 // writing the accumulators back cheap (many rows).
 constexpr int64_t kDecodePanelRows = 32;
 constexpr int64_t kFloatPanelRows = 128;
@@ -46,7 +47,8 @@ inline Kernel rows_kernel(const Weights& weights, Precision precision) {
     return decode_kernel(weights, precision);
 }
 
-/// Few rows wait for memory, which short panels read best; many rows gain from folding sums less often.
+/// Rows of a panel share one scale per activation row: the shorter, the smaller the channels that keep their bits. A
+/// generated token is worth that; many rows gain more from folding sums less often.
 inline int64_t rows_panel_height(Kernel kernel, int64_t rows) {
     if (kernel == Kernel::int8) {
         int64_t few_rows = 5;
@@ -78,6 +80,17 @@ void with_type(WeightType type, const Body& body) {
         case WeightType::u4:
             return body(TypeTag<WeightType::u4>{});
     }
+}
+
+/// body(integral_constant<int, rows>{}) for 1 <= rows <= Largest.
+template <int Largest, class Body>
+void with_rows(int64_t rows, const Body& body) {
+    if constexpr (Largest > 1) {
+        if (rows < Largest) {
+            return with_rows<Largest - 1>(rows, body);
+        }
+    }
+    body(std::integral_constant<int, Largest>{});
 }
 
 /// y[first_column, last_column) = accumulators (summed over `parts`) * per-channel scale + bias.

@@ -27,6 +27,16 @@ struct Panels {
     float* values = nullptr;
     int64_t padded_rows = 0;
 
+    /// Where share i of n begins: the panel that starts nearest to that share of the rows.
+    int64_t boundary(int64_t i, int64_t n) const {
+        const int64_t row = padded_rows * i / n;
+        int64_t p = 0;
+        while (p < count && items[p].first + items[p].padded() / 2 < row) {
+            ++p;
+        }
+        return i == n ? count : p;
+    }
+
     void push(int64_t group, const uint32_t* channels, const float* channel_values, int64_t n) {
         std::copy(channels, channels + n, rows + padded_rows);
         std::copy(channel_values, channel_values + n, values + padded_rows);

@@ -41,31 +41,18 @@ inline int32_t split_bytes(const float* values, int64_t n, uint32_t largest, int
     return sum;
 }
 
-/// Panels with their activations split into bytes: four bytes of a quad of rows are one dot-product operand.
-struct QuantizedPanels {
-    int8_t* high = nullptr;
-    int8_t* low = nullptr;
-    float* scales = nullptr;  // per panel
-    int32_t* sums = nullptr;  // per panel, of the integers
-};
-
-/// Returns false when some panel is not quantizable (NaN, infinity, far out of range).
-inline bool quantize_panels(const Panels& panels, Arena& arena, QuantizedPanels* result) {
-    result->high = arena.take<int8_t>(panels.padded_rows);
-    result->low = arena.take<int8_t>(panels.padded_rows);
-    result->scales = arena.take<float>(panels.count);
-    result->sums = arena.take<int32_t>(panels.count);
-    for (int64_t p = 0; p < panels.count; ++p) {
-        const Panel& panel = panels.items[p];
-        const float* values = panels.values + panel.first;
-        const uint32_t largest = largest_magnitude(values, panel.padded());
-        if (!quantizable(largest)) {
-            return false;
-        }
-        result->sums[p] = split_bytes(values, panel.padded(), largest, result->high + panel.first,
-                                      result->low + panel.first, &result->scales[p]);
+/// The same without splitting: q itself, |q| <= kLargestQuantized.
+inline int32_t quantize(const float* values, int64_t n, uint32_t largest, int16_t* q, float* scale) {
+    const float inverse = largest == 0 ? 0.0f : kLargestQuantized / bits_float(largest);
+    *scale = bits_float(largest) / kLargestQuantized;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const float scaled = values[i] * inverse;
+        const int32_t rounded = static_cast<int32_t>(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
+        q[i] = static_cast<int16_t>(rounded);
+        sum += rounded;
     }
-    return true;
+    return sum;
 }
 
 }  // namespace scap

@@ -15,6 +15,9 @@ constexpr int64_t kColumnPad = 32;
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kTailBytes = 512;
 
+// Rows of activations that are handled at the speed of reading the weights.
+constexpr int64_t kFewRows = 8;
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }

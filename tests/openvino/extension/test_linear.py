@@ -24,7 +24,7 @@ def threshold_at(x: np.ndarray, mode: float, sparsity: float) -> float:
     out_features=st.sampled_from((1, 3, 17, 130, 576)),
     group_size=st.sampled_from((0, 1, 5, 32, 64, 100, 128)),
     batch=st.integers(1, 3),
-    tokens=st.sampled_from((1, 2, 5, 16, 33)),
+    tokens=st.sampled_from((1, 2, 3, 4, 6, 7, 8, 9, 16, 33)),
     sparsity=st.sampled_from((0.0, 0.3, 0.5, 0.9, 1.0)),
     mode=st.sampled_from((0.0, 0.25, -3.0)),
     outliers=st.booleans(),
@@ -87,7 +87,7 @@ def test_every_instruction_set(isa):
         layer = random_layer(kind, 333, 130, 0 if "8" in kind else 48, seed=2)
         p = parameter(333, rank=2)
         compiled = compile_node(create_linear(p, [layer.packed], mode=0.1, threshold=0.5, library=library), p)
-        for rows in (1, 3, 40):
+        for rows in (1, 3, 8, 40):
             x = activations((rows, 333), rows, outliers=True)
             assert relative_error(compiled(x)[0], scap_linear(x, layer.weight, layer.bias, 0.1, 0.5)) < 1e-3, kind
 
@@ -127,6 +127,19 @@ def test_nan_and_infinity_are_kept(kind, rows, precision):
     result = compiled(x)[0]
     assert not np.isfinite(result[-1]).any()
     assert np.isfinite(result[:-1]).all()
+
+
+@pytest.mark.parametrize("kind", ("i8", "u8_asym", "i4", "u4_asym"))
+@pytest.mark.parametrize("rows", range(2, 10))
+def test_few_rows_of_their_own_size_and_sparsity(kind, rows):
+    layer = random_layer(kind, 1100, 300, 0 if "8" in kind else 128, seed=5)
+    p = parameter(1100, rank=2)
+    compiled = compile_node(create_linear(p, [layer.packed], mode=0.1, threshold=0.5), p)
+    # Rows that keep everything, a little or nothing, and differ in size by more than an integer of 15 bits holds.
+    x = activations((rows, 1100)) * np.float32(10.0) ** np.arange(-2, rows - 2, dtype=np.float32)[:, None]
+    result, expected = compiled(x)[0], scap_linear(x, layer.weight, layer.bias, 0.1, 0.5)
+    for row in range(rows):
+        assert relative_error(result[row], expected[row]) < 1e-3
 
 
 @pytest.mark.parametrize("scale", (1e-37, 1e-30, 1e30, 1e35))

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "quantize.hpp"
+
+#if defined(SCAP_VNNI)
+
+/// Vectors of bytes and of 32-bit sums, and what the kernels for quantized weights share.
+namespace scap::vnni {
+
+#    if defined(SCAP_AVX512)
+using Int = __m512i;
+constexpr int kBytes = 64;
+SCAP_INLINE Int load(const uint8_t* p) {
+    return _mm512_loadu_si512(p);
+}
+SCAP_INLINE void store(uint8_t* p, Int v) {
+    _mm512_store_si512(p, v);
+}
+SCAP_INLINE Int zero() {
+    return _mm512_setzero_si512();
+}
+SCAP_INLINE Int set1(int32_t v) {
+    return _mm512_set1_epi32(v);
+}
+SCAP_INLINE Int dot(Int sum, Int u8, Int s8) {
+    // With the intrinsic GCC 12 copies accumulators around, through memory when there are many: half of the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+    return sum;
+}
+SCAP_INLINE Int interleave8_low(Int a, Int b) {
+    return _mm512_unpacklo_epi8(a, b);
+}
+SCAP_INLINE Int interleave8_high(Int a, Int b) {
+    return _mm512_unpackhi_epi8(a, b);
+}
+SCAP_INLINE Int interleave16_low(Int a, Int b) {
+    return _mm512_unpacklo_epi16(a, b);
+}
+SCAP_INLINE Int interleave16_high(Int a, Int b) {
+    return _mm512_unpackhi_epi16(a, b);
+}
+SCAP_INLINE Int low_nibbles(Int v) {
+    return _mm512_and_si512(v, _mm512_set1_epi8(15));
+}
+SCAP_INLINE Int high_nibbles(Int v) {
+    return low_nibbles(_mm512_srli_epi16(v, 4));
+}
+SCAP_INLINE Int shift_left8(Int v) {
+    return _mm512_slli_epi32(v, 8);
+}
+SCAP_INLINE Int add(Int a, Int b) {
+    return _mm512_add_epi32(a, b);
+}
+SCAP_INLINE Int sub(Int a, Int b) {
+    return _mm512_sub_epi32(a, b);
+}
+SCAP_INLINE Int mul(Int a, Int b) {
+    return _mm512_mullo_epi32(a, b);
+}
+SCAP_INLINE simd::Float to_float(Int v) {
+    return _mm512_cvtepi32_ps(v);
+}
+SCAP_INLINE Int load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+/// Interleaving bytes inside 128-bit lanes leaves lane l of v[k] with columns 16 l + 4 k .. + 3: put them in order.
+SCAP_INLINE void order_columns(Int v[4]) {
+    const Int a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
+    const Int b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+    const Int c = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+    const Int d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    v[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+    v[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    v[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+#    else
+using Int = __m256i;
+constexpr int kBytes = 32;
+SCAP_INLINE Int load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const Int*>(p));
+}
+SCAP_INLINE void store(uint8_t* p, Int v) {
+    _mm256_store_si256(reinterpret_cast<Int*>(p), v);
+}
+SCAP_INLINE Int zero() {
+    return _mm256_setzero_si256();
+}
+SCAP_INLINE Int set1(int32_t v) {
+    return _mm256_set1_epi32(v);
+}
+SCAP_INLINE Int dot(Int sum, Int u8, Int s8) {
+    return _mm256_dpbusd_avx_epi32(sum, u8, s8);
+}
+SCAP_INLINE Int interleave8_low(Int a, Int b) {
+    return _mm256_unpacklo_epi8(a, b);
+}
+SCAP_INLINE Int interleave8_high(Int a, Int b) {
+    return _mm256_unpackhi_epi8(a, b);
+}
+SCAP_INLINE Int interleave16_low(Int a, Int b) {
+    return _mm256_unpacklo_epi16(a, b);
+}
+SCAP_INLINE Int interleave16_high(Int a, Int b) {
+    return _mm256_unpackhi_epi16(a, b);
+}
+SCAP_INLINE Int low_nibbles(Int v) {
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+SCAP_INLINE Int high_nibbles(Int v) {
+    return low_nibbles(_mm256_srli_epi16(v, 4));
+}
+SCAP_INLINE Int shift_left8(Int v) {
+    return _mm256_slli_epi32(v, 8);
+}
+SCAP_INLINE Int add(Int a, Int b) {
+    return _mm256_add_epi32(a, b);
+}
+SCAP_INLINE Int sub(Int a, Int b) {
+    return _mm256_sub_epi32(a, b);
+}
+SCAP_INLINE Int mul(Int a, Int b) {
+    return _mm256_mullo_epi32(a, b);
+}
+SCAP_INLINE simd::Float to_float(Int v) {
+    return _mm256_cvtepi32_ps(v);
+}
+SCAP_INLINE Int load_u8(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+/// Interleaving bytes inside 128-bit lanes leaves lane l of v[k] with columns 16 l + 4 k .. + 3: put them in order.
+SCAP_INLINE void order_columns(Int v[4]) {
+    const Int a = _mm256_permute2x128_si256(v[0], v[1], 0x20);
+    const Int b = _mm256_permute2x128_si256(v[2], v[3], 0x20);
+    const Int c = _mm256_permute2x128_si256(v[0], v[1], 0x31);
+    const Int d = _mm256_permute2x128_si256(v[2], v[3], 0x31);
+    v[0] = a;
+    v[1] = b;
+    v[2] = c;
+    v[3] = d;
+}
+#    endif
+
+/// Four bytes in every lane.
+SCAP_INLINE Int broadcast(const int8_t* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    return set1(bytes);
+}
+
+/// Columns of one vector load.
+template <WeightType Type>
+constexpr int64_t kColumns = Type == WeightType::u4 ? 2 * kBytes : kBytes;
+
+/// Interleaves one vector of four rows so that each 32-bit lane holds one column of the four.
+SCAP_INLINE void interleave_rows(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, Int v[4]) {
+    const Int ra = load(a), rb = load(b), rc = load(c), rd = load(d);
+    const Int ab_low = interleave8_low(ra, rb), ab_high = interleave8_high(ra, rb);
+    const Int cd_low = interleave8_low(rc, rd), cd_high = interleave8_high(rc, rd);
+    v[0] = interleave16_low(ab_low, cd_low);
+    v[1] = interleave16_high(ab_low, cd_low);
+    v[2] = interleave16_low(ab_high, cd_high);
+    v[3] = interleave16_high(ab_high, cd_high);
+}
+
+/// The first column of ordered vector i of nibble half h (always 0 for u8), relative to the load's first column.
+template <WeightType Type>
+constexpr int64_t column_of(int half, int i) {
+    const int64_t at = int64_t(i) * simd::kWidth;
+    return Type == WeightType::u4 ? at / 16 * 32 + half * 16 + at % 16 : at;
+}
+
+/// What turns the integer sums of one group into floats, for one vector of columns: x_scale * scale * (v - sum *
+/// zero_point), v being the sum of products and sum that of the activations. Without groups the scale is applied once,
+/// at the very end.
+struct FoldVector {
+    simd::Float scale;
+    Int zero_point;
+    bool has_scale;
+    bool has_zero_points;
+    int32_t common_zero_point;
+
+    FoldVector() = default;
+    SCAP_INLINE FoldVector(const Weights& weights, int64_t group, int64_t column)
+        : has_scale(weights.grouped()),
+          has_zero_points(weights.zero_points != nullptr),
+          common_zero_point(weights.zero_point) {
+        if (has_scale) {
+            scale = simd::load_scale(weights.scale_type, weights.scale_at(group, column));
+        }
+        if (has_zero_points) {
+            zero_point = load_u8(weights.zero_points + group * weights.padded_out() + column);
+        }
+    }
+
+    SCAP_INLINE void add_to(float* accumulators, Int v, float x_scale, int32_t sum) const {
+        // Modulo 2^32 on purpose: the difference fits, whatever its two terms do.
+        const Int offset = has_zero_points ? mul(set1(sum), zero_point)
+                                           : set1(static_cast<int32_t>(uint32_t(sum) * uint32_t(common_zero_point)));
+        const simd::Float value = to_float(sub(v, offset));
+        const simd::Float factor = has_scale ? simd::mul(scale, simd::set1(x_scale)) : simd::set1(x_scale);
+        simd::store(accumulators, simd::fma(value, factor, simd::load(accumulators)));
+    }
+};
+
+/// The same for the ordered vectors of one vector load of columns, with sums of high and low bytes.
+template <WeightType Type>
+struct Fold {
+    static constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
+    FoldVector vectors[kHalves][4];
+
+    SCAP_INLINE Fold(const Weights& weights, int64_t group, int64_t column) {
+        for (int half = 0; half < kHalves; ++half) {
+            for (int i = 0; i < 4; ++i) {
+                vectors[half][i] = FoldVector(weights, group, column + column_of<Type>(half, i));
+            }
+        }
+    }
+
+    SCAP_INLINE void add_to(float* accumulators, int half, Int high[4], Int low[4], float x_scale, int32_t sum) const {
+        Int v[4];
+        for (int i = 0; i < 4; ++i) {
+            v[i] = add(shift_left8(high[i]), low[i]);
+        }
+        order_columns(v);
+        for (int i = 0; i < 4; ++i) {
+            add_vector(accumulators, half, i, v[i], x_scale, sum);
+        }
+    }
+
+    /// The same for ordered vector i alone, `v` being 256 * high + low.
+    SCAP_INLINE void add_vector(float* accumulators, int half, int i, Int v, float x_scale, int32_t sum) const {
+        vectors[half][i].add_to(accumulators + column_of<Type>(half, i), v, x_scale, sum);
+    }
+};
+
+}  // namespace scap::vnni
+
+#endif
