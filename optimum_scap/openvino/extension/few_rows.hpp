@@ -5,6 +5,10 @@
 
 namespace scap {
 
+// Channels of a generated token that share one scale: the fewer, the smaller the channels that keep their bits. Several
+// rows gain more from folding sums less often.
+constexpr int64_t kTokenPanelRows = 64;
+
 /// Tasks of one call: `parts` shares of the panels times `slices` of the columns.
 struct Grid {
     int64_t parts;
@@ -98,7 +102,7 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
             int64_t height = kDecodePanelRows;
             if (input.kernel == Kernel::int8) {  // equal shares, of equal panels
                 const int64_t share = ceil_div(std::max<int64_t>(kept.kept, 1), grid.parts);
-                height = ceil_div(share, ceil_div(share, rows_panel_height(input.kernel, rows)));
+                height = ceil_div(share, ceil_div(share, rows == 1 ? kTokenPanelRows : kMaxQuantizedRows));
             }
             input.panels = make_panels(kept.channels, kept.largest, kept.kept, weights, height, arena);
         }

@@ -47,19 +47,19 @@ inline Kernel rows_kernel(const Weights& weights, Precision precision) {
     return decode_kernel(weights, precision);
 }
 
-/// Rows of a panel share one scale per activation row: the shorter, the smaller the channels that keep their bits. A
-/// generated token is worth that; many rows gain more from folding sums less often.
+/// How many channels of many rows share one scale per row: the more, the less often sums are folded.
 inline int64_t rows_panel_height(Kernel kernel, int64_t rows) {
-    if (kernel == Kernel::int8) {
-        int64_t few_rows = 5;
-#if defined(SCAP_AMX)
-        if (amx::available()) {
-            few_rows = 8;
-        }
-#endif
-        return rows <= few_rows ? 64 : kMaxQuantizedRows;
+    if (kernel != Kernel::int8) {
+        return kFloatPanelRows;
     }
-    return kFloatPanelRows;
+    int64_t height = kMaxQuantizedRows;
+#if defined(SCAP_AMX)
+    if (amx::available() && rows <= 8) {  // which wait for memory, and short panels read best
+        height = 64;
+    }
+#endif
+    (void)rows;
+    return height;
 }
 
 template <WeightType Type>
