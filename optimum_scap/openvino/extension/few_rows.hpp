@@ -102,7 +102,8 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
             int64_t height = kDecodePanelRows;
             if (input.kernel == Kernel::int8) {  // equal shares, of equal panels
                 const int64_t share = ceil_div(std::max<int64_t>(kept.kept, 1), grid.parts);
-                height = ceil_div(share, ceil_div(share, rows == 1 ? kTokenPanelRows : kMaxQuantizedRows));
+                const bool is_short = rows == 1 && !weights.grouped();  // groups are short already
+                height = ceil_div(share, ceil_div(share, is_short ? kTokenPanelRows : kMaxQuantizedRows));
             }
             input.panels = make_panels(kept.channels, kept.largest, kept.kept, weights, height, arena);
         }
