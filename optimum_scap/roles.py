@@ -14,6 +14,8 @@ Role = Literal["q", "k", "v", "o", "qkv", "up", "gate", "down", "in", "out"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 FFN_ROLES: tuple[Role, ...] = ("up", "gate", "down")
+# Roles whose layers read the same input within a block.
+SHARED_INPUTS: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))
 
 # A layer that computes gate and up at once (Phi-3, ChatGLM) plays `up`.
 _PATH_TAILS: dict[Role, tuple[str, ...]] = {

@@ -22,6 +22,7 @@ from ..progress import length, run_over
 from ..roles import ROLES, find_role, module_path
 from .gated import fuse_gated_blocks
 from .layers import convert, is_fully_connected, is_pruned, prune, why_dense
+from .shared_input import share_inputs
 from .statistics import TorchActivationStatistics
 
 
@@ -83,6 +84,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters) -> None:
     for path, module in modules.items():
         convert(module, parameters.layers[path], parameters.config.apply_to)
     fuse_gated_blocks(model)
+    share_inputs(model)
     _attach(model, parameters)
 
 

@@ -1,13 +1,14 @@
 """Sparse PyTorch checkpoints: from a model to a folder, and what a folder holds."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..config import SCAPConfig
 from ..errors import SCAPError, first_line
 from ..parameters import SCAPParameters, checkpoint_parameters
-from ..roles import find_role
+from ..roles import SHARED_INPUTS, find_role
 from ..sparsify import sparsify_activations
 from ..tasks import check_model_exists, infer_task
 
@@ -32,7 +33,7 @@ def read_folder_parameters(folder: Path) -> SCAPParameters:
 def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
     """What the sparse kernels of a checkpoint work on: {dtype: {(in_features, (out_features, ...))}}.
 
-    The gate and up of a gated block run as one launch and make one entry with two out_features.
+    Layers over one input (gate and up; q, k and v) run as one launch and make one entry with several out_features.
 
     Raises:
         SCAPError: if the checkpoint is dense or cannot be read.
@@ -50,18 +51,29 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
     except (OSError, SafetensorError) as error:
         raise SCAPError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
     found: dict[Any, set[tuple[int, tuple[int, ...]]]] = {}
-    for path in read_folder_parameters(folder).layers:
+    layers = read_folder_parameters(folder).layers
+    for path in layers:
         if path not in shapes:
             raise SCAPError(f"{folder}: the weights of layer {path} are missing")
         dtype, out_features, in_features = shapes[path]
         if path.endswith((".c_attn", ".c_proj", ".c_fc")):  # Conv1D holds its weights the other way round
             out_features, in_features = in_features, out_features
-        sibling = path.removesuffix("gate_proj") + "up_proj"
-        if path.endswith("gate_proj") and sibling in shapes:
-            found.setdefault(dtype, set()).add((in_features, (out_features, shapes[sibling][1])))
-        elif not (path.endswith("up_proj") and path.removesuffix("up_proj") + "gate_proj" in shapes):
-            found.setdefault(dtype, set()).add((in_features, (out_features,)))
+        together = _layers_over_one_input(path, layers)
+        if path == together[0]:
+            outs = tuple(shapes[sibling][1] for sibling in together) if len(together) > 1 else (out_features,)
+            found.setdefault(dtype, set()).add((in_features, outs))
     return found
+
+
+def _layers_over_one_input(path: str, layers: Iterable[str]) -> list[str]:
+    """Of the pruned `layers`, those that run in one launch with `path`: q, k and v, or gate and up, of one block."""
+    block = path.rpartition(".")[0]
+    role = find_role(path)
+    siblings = {find_role(layer): layer for layer in layers if layer.rpartition(".")[0] == block}
+    for roles in SHARED_INPUTS:
+        if role in roles and all(sibling in siblings for sibling in roles):
+            return [siblings[sibling] for sibling in roles]
+    return [path]
 
 
 def export_checkpoint(

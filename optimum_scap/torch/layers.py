@@ -53,6 +53,32 @@ def prune(x: Tensor, mode: float, threshold: float) -> Tensor:
     return torch.where(keep_mask(x, mode, threshold), x, torch.full((), mode, dtype=x.dtype, device=x.device))
 
 
+class GivenOutput:
+    """An output that was computed ahead, for one input."""
+
+    def __init__(self) -> None:
+        self._input_and_output: tuple[Tensor, Tensor] | None = None
+
+    def put(self, x: Tensor, output: Tensor) -> None:
+        """Leaves `output` for the call with `x`, the very tensor."""
+        self._input_and_output = (x, output)
+
+    def take(self, x: Tensor) -> Tensor | None:
+        """The output for `x`, once; None if there is none."""
+        found = self._input_and_output  # once: other threads may put theirs
+        if found is None or found[0] is not x:
+            return None
+        self._input_and_output = None
+        return found[1]
+
+    def forget(self) -> bool:
+        """Whether there was an output that nobody took."""
+        if self._input_and_output is None:
+            return False
+        self._input_and_output = None
+        return True
+
+
 class _PrunedInput:
     """What SCAPLinear and SCAPConv1D share. The class of an existing layer becomes theirs, see `convert`.
 
@@ -69,10 +95,13 @@ class _PrunedInput:
     # Plain numbers, which torch.compile reads where it does not read the attributes of `scap_parameters`.
     scap_mode: float
     scap_threshold: float
-    # The threshold in the dtype of the weights.
+    # The dtype of the weights, and the threshold in it.
+    _scap_dtype: torch.dtype
     _scap_shrinkage: float
     scap_folded_bias: Tensor | None
     _scap_folded_versions: tuple[int, ...]
+    # What the block around the layer computes ahead, see `shared_input`; None where there is no such block.
+    scap_given: "GivenOutput | None" = None
 
     def output_major_weight(self) -> Tensor:
         """The weights as nn.Linear has them, `[out_features, in_features]`, not necessarily contiguous."""
@@ -89,6 +118,7 @@ class _PrunedInput:
         the meta device until a checkpoint is loaded, or offloaded).
         """
         weight = self.output_major_weight()
+        self._scap_dtype = weight.dtype
         self._scap_shrinkage = round_down(self.scap_threshold, weight.dtype)
         if weight.is_meta:
             self.scap_folded_bias = None
@@ -108,17 +138,29 @@ class _PrunedInput:
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         x = input  # nn.Linear's name for it, which callers may use
+        given = self.scap_given
+        if given is not None and (output := given.take(x)) is not None:
+            return output
         weight = self.output_major_weight()
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return self._forward_in_exported_form(x, weight)
-        if self.scap_apply_to == "decode" and not _is_one_token(x):
-            return F.linear(x, weight, self.bias)
-        if self.runs_sparse(x):
+        if is_recorded():
+            if torch.jit.is_tracing():  # type: ignore[attr-defined]
+                return self._forward_in_exported_form(x, weight)
+        elif x.numel() <= MAX_SPARSE_ROWS * x.shape[-1] and self.runs_sparse(x):
             return sparse_linear(x, weight, self.kernel_bias(), threshold=self.scap_threshold, mode=self.scap_mode)
-        if self.scap_mode == 0.0 and x.dtype == weight.dtype:
+        if self.scap_apply_to == "decode" and self.runs_dense(x):
+            return F.linear(x, weight, self.bias)
+        return F.linear(self.pruned_input(x), weight, self.bias)
+
+    def pruned_input(self, x: Tensor) -> Tensor:
+        """`x` with the mode in place of what is pruned, for the ordinary matrix product."""
+        if self.scap_mode == 0.0 and x.dtype == self._scap_dtype:
             # One operation instead of five; a NaN is kept, and the comparison is the float32 one but for its cost.
-            return F.linear(F.hardshrink(x, self._scap_shrinkage), weight, self.bias)
-        return F.linear(prune(x, self.scap_mode, self.scap_threshold), weight, self.bias)
+            return torch.hardshrink(x, self._scap_shrinkage)
+        return prune(x, self.scap_mode, self.scap_threshold)
+
+    def runs_dense(self, x: Tensor) -> bool:
+        """Whether a forward of `x` `[..., in_features]` prunes nothing."""
+        return self.scap_apply_to == "decode" and not _is_one_token(x)
 
     def kernel_bias(self) -> Tensor | None:
         """The bias that the sparse operation adds, `[out_features]`: with the mode folded in where there is one."""
@@ -126,25 +168,22 @@ class _PrunedInput:
 
     def runs_sparse(self, x: Tensor) -> bool:
         """Whether a forward of `x` `[..., in_features]` runs the sparse operation."""
-        # Before anything depends on the number of rows: an exported program is to serve any. Under torch.compile
-        # is_exporting() is true in some versions of torch.
-        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+        # Before anything depends on the number of rows: an exported program is to serve any.
+        if is_recorded():
             return False
-        if self.scap_apply_to == "decode" and not _is_one_token(x):
+        rows = x.numel() // x.shape[-1]
+        if rows == 0 or rows > MAX_SPARSE_ROWS or self.runs_dense(x):
             return False
         if torch.is_autocast_enabled(x.device.type):  # which knows the dense product, not the sparse operation
             return False
         weight = self.output_major_weight()
-        rows = x.numel() // x.shape[-1]
-        if rows == 0 or rows > MAX_SPARSE_ROWS or x.dtype != weight.dtype or not _is_input_major(weight):
+        if x.dtype != weight.dtype or x.device != weight.device or not _is_input_major(weight):
             return False
         if self.scap_mode != 0.0:
             if self.scap_folded_bias is None:
                 return False
             if not torch.compiler.is_compiling() and self._scap_folded_versions != self._versions():
                 self.prepare()
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
     def _forward_in_exported_form(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -322,6 +361,14 @@ def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -
 def is_pruned(module: nn.Module) -> bool:
     """Whether `convert` was called on `module`."""
     return isinstance(module, _PrunedInput)
+
+
+def is_recorded() -> bool:
+    """Whether operations are being recorded for a program to export, by torch.jit.trace or torch.export."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    # Under torch.compile is_exporting() is true in some versions of torch.
+    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
 
 
 def _version(value: Tensor) -> int:

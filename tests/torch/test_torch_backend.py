@@ -252,8 +252,9 @@ def test_any_module_without_transformers() -> None:
     assert read_parameters(model).layers.keys() == {f"{i}.{n}_proj" for i in (0, 1) for n in ("up", "down")}
 
 
+@pytest.mark.parametrize("spec", ["0.4", "q=0.4,k=0.4,v=0.4,gate=0.4,up=0.4,down=0.4"])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_models_that_accelerate_offloads(offload: str, tmp_path: Path) -> None:
+def test_models_that_accelerate_offloads(offload: str, spec: str, tmp_path: Path) -> None:
     from accelerate import cpu_offload, disk_offload
 
     expected, model, samples = tiny_model("llama"), tiny_model("llama"), tiny_samples("llama")
@@ -262,23 +263,28 @@ def test_models_that_accelerate_offloads(offload: str, tmp_path: Path) -> None:
     else:
         disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
     for each in (expected, model):
-        sparsify_activations(each, SCAPConfig.from_spec("0.4", mode="down=median"), samples)
+        sparsify_activations(each, SCAPConfig.from_spec(spec, mode="down=median"), samples)
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    one_token = {"input_ids": samples[0]["input_ids"][:1, :1]}
+    torch.testing.assert_close(logits_of(model, one_token), logits_of(expected, one_token), atol=1e-5, rtol=1e-4)
     for path, module in pruned_layers(model).items():
         assert module.scap_threshold == pruned_layers(expected)[path].scap_threshold
     torch.testing.assert_close(logits_of(model, samples[0]), logits_of(expected, samples[0]), atol=1e-5, rtol=1e-4)
 
 
-def test_offloaded_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["0.4", "q=0.4,k=0.4,v=0.4,gate=0.4,up=0.4,down=0.4"])
+def test_offloaded_while_loading(spec: str, tmp_path: Path) -> None:
     model, samples = tiny_model("llama"), tiny_samples("llama")
-    sparsify_activations(model, "0.4", samples)
+    sparsify_activations(model, spec, samples)
     model.save_pretrained(tmp_path / "sparse")
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     again = tf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "sparse", device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    assert len(pruned_layers(again)) == 6
+    assert len(pruned_layers(again)) == len(pruned_layers(model))
+    one_token = {"input_ids": samples[0]["input_ids"][:1, :1]}
+    torch.testing.assert_close(logits_of(again, one_token), logits_of(model, one_token), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits_of(again, samples[0]), logits_of(model, samples[0]), atol=1e-5, rtol=1e-4)
 
 

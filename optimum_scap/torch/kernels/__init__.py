@@ -5,13 +5,22 @@ inside torch.compile(fullgraph=True) and CUDA graphs, on any stream, and compute
 does not import Triton.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import library
 from .reference import ACTIVATIONS
 
 
-__all__ = ["ACTIVATIONS", "sparse_feed_forward", "sparse_gated_linear", "sparse_linear", "sparse_linear_pair"]
+__all__ = [
+    "ACTIVATIONS",
+    "linear_group",
+    "sparse_feed_forward",
+    "sparse_gated_linear",
+    "sparse_linear",
+    "sparse_linear_group",
+]
 
 
 def sparse_linear(
@@ -32,20 +41,25 @@ def sparse_linear(
     return library.sparse_linear(x, weight, bias, threshold, mode)
 
 
-def sparse_linear_pair(
+def sparse_linear_group(
     x: Tensor,
-    weight_a: Tensor,
-    weight_b: Tensor,
-    bias_a: Tensor | None = None,
-    bias_b: Tensor | None = None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     *,
-    threshold_a: float,
-    threshold_b: float,
-    mode_a: float = 0.0,
-    mode_b: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Two sparse linear layers over one input in one go; arguments and errors as of `sparse_linear`."""
-    return library.sparse_linear_pair(x, weight_a, weight_b, bias_a, bias_b, threshold_a, threshold_b, mode_a, mode_b)
+    thresholds: Sequence[float],
+    modes: Sequence[float],
+) -> list[Tensor]:
+    """Several sparse linear layers over one input in one go; arguments and errors as of `sparse_linear`."""
+    return library.sparse_linear_group(x, weights, biases, thresholds, modes)
+
+
+def linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Several dense linear layers over one token in one go, see `reference.linear_group`.
+
+    Raises:
+        ValueError: on a GPU, if the weights do not lie output-channel-major or `x` has more than one row.
+    """
+    return library.linear_group(x, weights, biases)
 
 
 def sparse_gated_linear(

@@ -1,20 +1,33 @@
-"""Sparse layers over float32, float16 and bfloat16 weights, in Triton. Their torch twins stand in `reference`."""
+"""Layers over float32, float16 and bfloat16 weights, in Triton. Their torch twins stand in `reference`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .configurations import LaunchConfiguration, configuration_for, supports_early_launch
+from .configurations import (
+    DenseConfiguration,
+    LaunchConfiguration,
+    configuration_for,
+    dense_configuration_for,
+    supports_early_launch,
+)
 from .device_functions import hold_instructions
-from .floating_point_kernels import add_gated_partial_sums_kernel, add_partial_sums_kernel, partial_sums_kernel
+from .floating_point_kernels import (
+    add_gated_partial_sums_kernel,
+    add_partial_sums_kernel,
+    dense_kernel,
+    partial_sums_kernel,
+)
 
 
 MAX_ROWS = 8
 MAX_STEPS = 16
 SUM_WARPS = 4
+# Layers over one input that one launch computes.
+MAX_BRANCHES = 3
 
 
 class _Branch(NamedTuple):
@@ -44,7 +57,7 @@ def _check(x: Tensor, branches: Sequence[_Branch]) -> None:
 def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchConfiguration) -> Tensor:
     """Launches `partial_sums_kernel`; x is [rows, in_features], contiguous."""
     rows, in_features = x.shape
-    a, b = branches[0], branches[-1]
+    a, b, c = _padded(branches)
     block_n = configuration.block_n(a.weight.element_size())
     blocks = sum(triton.cdiv(branch.weight.shape[0], block_n) for branch in branches)
     slices = min(configuration.slices, in_features)
@@ -63,17 +76,22 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchC
         list_size,
         a.weight,
         b.weight,
+        c.weight,
         a.weight.stride(1),
         b.weight.stride(1),
+        c.weight.stride(1),
         partial,
         a.weight.shape[0],
         b.weight.shape[0],
+        c.weight.shape[0],
         a.threshold,
         b.threshold,
+        c.threshold,
         a.mode,
         b.mode,
+        c.mode,
         0,
-        PAIR=len(branches) == 2,
+        BRANCHES=len(branches),
         ROWS=rows,
         LANES=lanes,
         STEPS=min(MAX_STEPS, triton.next_power_of_2(triton.cdiv(slice_size, lanes))),
@@ -94,15 +112,11 @@ def _add_partial_sums(
     add_partial_sums_kernel[(sum(triton.cdiv(out.shape[1], sum_block) for out in outs), rows)](
         partial,
         slices,
-        biases[0],
-        biases[-1],
-        outs[0],
-        outs[-1],
-        outs[0].shape[1],
-        outs[-1].shape[1],
-        HAS_BIAS_A=biases[0] is not None,
-        HAS_BIAS_B=biases[-1] is not None,
-        PAIR=len(outs) == 2,
+        *_padded(biases),
+        *_padded(outs),
+        *_padded([out.shape[1] for out in outs]),
+        **_has_bias(biases),
+        BRANCHES=len(outs),
         SLICES_CEIL=triton.next_power_of_2(slices),
         BLOCK_N=sum_block,
         num_warps=SUM_WARPS,
@@ -125,6 +139,15 @@ def _launch(
             partial = _partial_sums(flat, branches, configuration)
             _add_partial_sums(flat, partial, [_contiguous(bias) for bias in biases], outs, configuration.sum_block)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def _padded(branches: Sequence[Any]) -> Sequence[Any]:
+    """MAX_BRANCHES elements, of which kernels read the first `len(branches)`."""
+    return [*branches, *(MAX_BRANCHES - len(branches)) * [branches[-1]]]
+
+
+def _has_bias(biases: Sequence[Tensor | None]) -> dict[str, bool]:
+    return {f"HAS_BIAS_{name}": bias is not None for name, bias in zip("ABC", _padded(biases), strict=True)}
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
@@ -152,22 +175,78 @@ def sparse_linear(
     return _launch(x, [_Branch(weight, threshold, mode)], [bias], configuration)[0]
 
 
-def sparse_linear_pair(
+def sparse_linear_group(
     x: Tensor,
-    weight_a: Tensor,
-    weight_b: Tensor,
-    bias_a: Tensor | None,
-    bias_b: Tensor | None,
-    threshold_a: float,
-    threshold_b: float,
-    mode_a: float,
-    mode_b: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    thresholds: Sequence[float],
+    modes: Sequence[float],
     configuration: LaunchConfiguration | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.sparse_linear_pair`."""
-    branches = [_Branch(weight_a, threshold_a, mode_a), _Branch(weight_b, threshold_b, mode_b)]
-    first, second = _launch(x, branches, [bias_a, bias_b], configuration)
-    return first, second
+) -> list[Tensor]:
+    """See `reference.sparse_linear_group`."""
+    branches = [_Branch(*branch) for branch in zip(weights, thresholds, modes, strict=True)]
+    outs = []
+    for first in range(0, len(branches), MAX_BRANCHES):
+        together = slice(first, first + MAX_BRANCHES)
+        outs += _launch(x, branches[together], biases[together], configuration)
+    return outs
+
+
+def linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    configuration: DenseConfiguration | None = None,
+) -> list[Tensor]:
+    """See `reference.linear_group`."""
+    _check_dense(x, weights)
+    outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    flat = x.reshape(-1).contiguous()
+    for first in range(0, len(weights), MAX_BRANCHES):
+        together = slice(first, first + MAX_BRANCHES)
+        _launch_dense(flat, weights[together], biases[together], outs[together], configuration)
+    return outs
+
+
+def _check_dense(x: Tensor, weights: Sequence[Tensor]) -> None:
+    if x.numel() != x.shape[-1]:
+        raise ValueError(f"the dense kernel takes one row, got an input of shape {tuple(x.shape)}")
+    for weight in weights:
+        out_features, in_features = weight.shape
+        if in_features != x.shape[-1]:
+            raise ValueError(f"weight of {in_features} input channels, input of {x.shape[-1]}")
+        if in_features > 1 and weight.stride(1) != 1 or out_features > 1 and weight.stride(0) < in_features:
+            raise ValueError(
+                f"weights must lie output-channel-major, with strides (>= {in_features}, 1); got {weight.stride()}"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"weight on {weight.device}, input on {x.device}")
+
+
+def _launch_dense(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    configuration: DenseConfiguration | None,
+) -> None:
+    configuration = configuration or dense_configuration_for(x, sum(out.shape[-1] for out in outs))
+    with _on_device(x):
+        dense_kernel[(sum(triton.cdiv(out.shape[-1], configuration.block_n) for out in outs),)](
+            x,
+            x.shape[0],
+            *_padded(weights),
+            *_padded([weight.stride(0) for weight in weights]),
+            *_padded([_contiguous(bias) for bias in biases]),
+            *_padded(outs),
+            *_padded([out.shape[-1] for out in outs]),
+            **_has_bias(biases),
+            BRANCHES=len(outs),
+            BLOCK_N=configuration.block_n,
+            BLOCK_K=configuration.block_k,
+            num_warps=configuration.num_warps,
+            **_early_launch(x.device),
+        )
 
 
 def sparse_gated_linear(

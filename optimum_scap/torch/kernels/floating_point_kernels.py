@@ -10,6 +10,40 @@ from .device_functions import accumulate_kept_channels, add_slices, list_kept_ch
 
 
 @triton.jit
+def _choose(branch, a, b, c, BRANCHES: tl.constexpr):
+    """What belongs to `branch`, of what belongs to branches 0, 1 and 2."""
+    chosen = a
+    if BRANCHES > 1:
+        chosen = tl.where(branch == 1, b, chosen)
+    if BRANCHES > 2:
+        chosen = tl.where(branch == 2, c, chosen)
+    return chosen
+
+
+@triton.jit
+def _find_branch(block, features_a, features_b, features_c, BLOCK_N: tl.constexpr, BRANCHES: tl.constexpr):
+    """Of program `block`: its branch, its block there, the branch's first column, and the number of all columns."""
+    branch = 0
+    first_column = 0
+    all_features = features_a
+    if BRANCHES > 1:
+        blocks_a = tl.cdiv(features_a, BLOCK_N)
+        behind = block >= blocks_a
+        branch = behind.to(tl.int32)
+        first_column = tl.where(behind, features_a, 0)
+        all_features += features_b
+        block = tl.where(behind, block - blocks_a, block)
+        if BRANCHES > 2:
+            blocks_b = tl.cdiv(features_b, BLOCK_N)
+            behind = behind & (block >= blocks_b)
+            branch += behind.to(tl.int32)
+            first_column += tl.where(behind, features_b, 0)
+            all_features += features_c
+            block = tl.where(behind, block - blocks_b, block)
+    return branch, block, first_column, all_features
+
+
+@triton.jit
 def partial_sums_kernel(
     x,
     in_features,
@@ -17,17 +51,22 @@ def partial_sums_kernel(
     list_size,
     weight_a,
     weight_b,
+    weight_c,
     weight_stride_a,
     weight_stride_b,
+    weight_stride_c,
     partial,
     out_features_a,
     out_features_b,
+    out_features_c,
     threshold_a,
     threshold_b,
+    threshold_c,
     mode_a,
     mode_b,
+    mode_c,
     zero,
-    PAIR: tl.constexpr,
+    BRANCHES: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
@@ -37,25 +76,18 @@ def partial_sums_kernel(
     HOLD: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
-    """partial[slice, row, columns of a, then of b], programs [column blocks of a, then of b; slices]."""
-    block = tl.program_id(0)
+    """partial[slice, row, columns of a, then of b, then of c], programs [column blocks of all branches; slices]."""
     part = tl.program_id(1)
     parts = tl.num_programs(1)
-    kept_list = lists + (part * tl.num_programs(0) + block).to(tl.int64) * list_size
-    weight, weight_stride, out_features = weight_a, weight_stride_a, out_features_a
-    threshold, mode = threshold_a, mode_a
-    first_column, all_features = 0, out_features_a
-    if PAIR:
-        blocks_a = tl.cdiv(out_features_a, BLOCK_N)
-        second = block >= blocks_a
-        block = tl.where(second, block - blocks_a, block)
-        weight = tl.where(second, weight_b, weight)
-        weight_stride = tl.where(second, weight_stride_b, weight_stride)
-        out_features = tl.where(second, out_features_b, out_features)
-        threshold = tl.where(second, threshold_b, threshold)
-        mode = tl.where(second, mode_b, mode)
-        first_column = tl.where(second, out_features_a, 0)
-        all_features = out_features_a + out_features_b
+    kept_list = lists + (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * list_size
+    branch, block, first_column, all_features = _find_branch(
+        tl.program_id(0), out_features_a, out_features_b, out_features_c, BLOCK_N, BRANCHES
+    )
+    weight = _choose(branch, weight_a, weight_b, weight_c, BRANCHES)
+    weight_stride = _choose(branch, weight_stride_a, weight_stride_b, weight_stride_c, BRANCHES)
+    out_features = _choose(branch, out_features_a, out_features_b, out_features_c, BRANCHES)
+    threshold = _choose(branch, threshold_a, threshold_b, threshold_c, BRANCHES)
+    mode = _choose(branch, mode_a, mode_b, mode_c, BRANCHES)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     first = (tl.cast(in_features, tl.int64) * part // parts).to(tl.int32)
     channel_count = (tl.cast(in_features, tl.int64) * (part + 1) // parts).to(tl.int32) - first
@@ -91,41 +123,149 @@ def add_partial_sums_kernel(
     slices,
     bias_a,
     bias_b,
+    bias_c,
     out_a,
     out_b,
+    out_c,
     out_features_a,
     out_features_b,
+    out_features_c,
     HAS_BIAS_A: tl.constexpr,
     HAS_BIAS_B: tl.constexpr,
-    PAIR: tl.constexpr,
+    HAS_BIAS_C: tl.constexpr,
+    BRANCHES: tl.constexpr,
     SLICES_CEIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
-    """out[row, columns] = partial summed over slices + bias; programs [column blocks of a, then of b; rows]."""
-    block = tl.program_id(0)
+    """out[row, columns] = partial summed over slices + bias; programs [column blocks of all branches; rows]."""
     row = tl.program_id(1)
+    branch, block, first_column, all_features = _find_branch(
+        tl.program_id(0), out_features_a, out_features_b, out_features_c, BLOCK_N, BRANCHES
+    )
+    out_features = _choose(branch, out_features_a, out_features_b, out_features_c, BRANCHES)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < out_features
+    row_sums = partial + row.to(tl.int64) * all_features + first_column
     wait_for_inputs(LAUNCH_EARLY)
-    if not PAIR:
-        inside = columns < out_features_a
-        row_sums = partial + row.to(tl.int64) * out_features_a
-        total = add_slices(row_sums, tl.num_programs(1) * out_features_a, slices, columns, inside, SLICES_CEIL)
-        _store_with_bias(total, bias_a, out_a, row, columns, inside, out_features_a, HAS_BIAS_A)
-    else:
-        all_features = out_features_a + out_features_b
-        row_sums = partial + row.to(tl.int64) * all_features
-        blocks_a = tl.cdiv(out_features_a, BLOCK_N)
-        if block < blocks_a:
-            inside = columns < out_features_a
-            total = add_slices(row_sums, tl.num_programs(1) * all_features, slices, columns, inside, SLICES_CEIL)
-            _store_with_bias(total, bias_a, out_a, row, columns, inside, out_features_a, HAS_BIAS_A)
-        else:
-            columns -= blocks_a * BLOCK_N
-            inside = columns < out_features_b
-            row_sums += out_features_a
-            total = add_slices(row_sums, tl.num_programs(1) * all_features, slices, columns, inside, SLICES_CEIL)
-            _store_with_bias(total, bias_b, out_b, row, columns, inside, out_features_b, HAS_BIAS_B)
+    total = add_slices(row_sums, tl.num_programs(1) * all_features, slices, columns, inside, SLICES_CEIL)
+    _store_in_branch(
+        total,
+        branch,
+        row,
+        columns,
+        inside,
+        out_features,
+        bias_a,
+        bias_b,
+        bias_c,
+        out_a,
+        out_b,
+        out_c,
+        HAS_BIAS_A,
+        HAS_BIAS_B,
+        HAS_BIAS_C,
+        BRANCHES,
+    )
+
+
+@triton.jit
+def dense_kernel(
+    x,
+    in_features,
+    weight_a,
+    weight_b,
+    weight_c,
+    weight_stride_a,
+    weight_stride_b,
+    weight_stride_c,
+    bias_a,
+    bias_b,
+    bias_c,
+    out_a,
+    out_b,
+    out_c,
+    out_features_a,
+    out_features_b,
+    out_features_c,
+    HAS_BIAS_A: tl.constexpr,
+    HAS_BIAS_B: tl.constexpr,
+    HAS_BIAS_C: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAUNCH_EARLY: tl.constexpr,
+):
+    """out = weight x + bias of one token, weights output-channel-major; programs [blocks of BLOCK_N outputs]."""
+    branch, block, _, _ = _find_branch(
+        tl.program_id(0), out_features_a, out_features_b, out_features_c, BLOCK_N, BRANCHES
+    )
+    weight = _choose(branch, weight_a, weight_b, weight_c, BRANCHES)
+    weight_stride = _choose(branch, weight_stride_a, weight_stride_b, weight_stride_c, BRANCHES)
+    out_features = _choose(branch, out_features_a, out_features_b, out_features_c, BRANCHES)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < out_features
+    channels = tl.arange(0, BLOCK_K)
+    pointers = weight + rows.to(tl.int64)[:, None] * weight_stride + channels[None, :]
+    # Weights do not depend on the kernels in front: the first are under way before x is waited for.
+    weights = tl.load(
+        pointers, mask=inside[:, None] & (channels < in_features)[None, :], other=0.0, eviction_policy="evict_first"
+    )
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    wait_for_inputs(LAUNCH_EARLY)
+    for start in range(0, in_features, BLOCK_K):
+        values = tl.load(x + start + channels, mask=channels < in_features - start, other=0.0)
+        mask = inside[:, None] & (channels < in_features - start - BLOCK_K)[None, :]
+        following = tl.load(pointers + start + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+        sums = tl.fma(weights.to(tl.float32), tl.broadcast_to(values.to(tl.float32)[None, :], sums.shape), sums)
+        weights = following
+    total = tl.sum(sums, 1)
+    _store_in_branch(
+        total,
+        branch,
+        0,
+        rows,
+        inside,
+        out_features,
+        bias_a,
+        bias_b,
+        bias_c,
+        out_a,
+        out_b,
+        out_c,
+        HAS_BIAS_A,
+        HAS_BIAS_B,
+        HAS_BIAS_C,
+        BRANCHES,
+    )
+
+
+@triton.jit
+def _store_in_branch(
+    total,
+    branch,
+    row,
+    columns,
+    inside,
+    out_features,
+    bias_a,
+    bias_b,
+    bias_c,
+    out_a,
+    out_b,
+    out_c,
+    HAS_BIAS_A: tl.constexpr,
+    HAS_BIAS_B: tl.constexpr,
+    HAS_BIAS_C: tl.constexpr,
+    BRANCHES: tl.constexpr,
+):
+    # The biases may be of different types: a pointer cannot be chosen among them.
+    if branch == 0 or BRANCHES == 1:
+        _store_with_bias(total, bias_a, out_a, row, columns, inside, out_features, HAS_BIAS_A)
+    if BRANCHES > 1 and branch == 1:
+        _store_with_bias(total, bias_b, out_b, row, columns, inside, out_features, HAS_BIAS_B)
+    if BRANCHES > 2 and branch == 2:
+        _store_with_bias(total, bias_c, out_c, row, columns, inside, out_features, HAS_BIAS_C)
 
 
 @triton.jit
@@ -138,7 +278,7 @@ def _add_bias(total, bias, columns, inside, HAS_BIAS: tl.constexpr):
 @triton.jit
 def _store_with_bias(total, bias, out, row, columns, inside, out_features, HAS_BIAS: tl.constexpr):
     total = _add_bias(total, bias, columns, inside, HAS_BIAS)
-    tl.store(out + row.to(tl.int64) * out_features + columns, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + tl.cast(row, tl.int64) * out_features + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

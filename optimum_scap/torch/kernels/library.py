@@ -83,12 +83,18 @@ sparse_linear = register_operation(
     lambda x, weight, *_: _like(x, weight),
     "floating_point",
 )
-sparse_linear_pair = register_operation(
-    "sparse_linear_pair",
-    "(Tensor x, Tensor weight_a, Tensor weight_b, Tensor? bias_a, Tensor? bias_b, float threshold_a, "
-    "float threshold_b, float mode_a, float mode_b) -> (Tensor, Tensor)",
-    reference.sparse_linear_pair,
-    lambda x, weight_a, weight_b, *_: (_like(x, weight_a), _like(x, weight_b)),
+sparse_linear_group = register_operation(
+    "sparse_linear_group",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, float[] thresholds, float[] modes) -> Tensor[]",
+    reference.sparse_linear_group,
+    lambda x, weights, *_: [_like(x, weight) for weight in weights],
+    "floating_point",
+)
+linear_group = register_operation(
+    "linear_group",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    reference.linear_group,
+    lambda x, weights, *_: [_like(x, weight) for weight in weights],
     "floating_point",
 )
 sparse_gated_linear = register_operation(

@@ -6,7 +6,7 @@
 (SCAP, arXiv 2412.07174, section 3; `bias` holds the folded mode, b + m * W·1.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,22 +45,26 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: flo
     return _sparse_linear_float32(x, weight, bias, threshold, mode).to(x.dtype)
 
 
-def sparse_linear_pair(
+def sparse_linear_group(
     x: Tensor,
-    weight_a: Tensor,
-    weight_b: Tensor,
-    bias_a: Tensor | None,
-    bias_b: Tensor | None,
-    threshold_a: float,
-    threshold_b: float,
-    mode_a: float,
-    mode_b: float,
-) -> tuple[Tensor, Tensor]:
-    """Two sparse linear layers over one input (`gate` and `up`), each with its own threshold and mode."""
-    return (
-        sparse_linear(x, weight_a, bias_a, threshold_a, mode_a),
-        sparse_linear(x, weight_b, bias_b, threshold_b, mode_b),
-    )
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    thresholds: Sequence[float],
+    modes: Sequence[float],
+) -> list[Tensor]:
+    """Several sparse linear layers over one input (`q`, `k`, `v`), each with its own threshold and mode."""
+    return [sparse_linear(x, *layer) for layer in zip(weights, biases, thresholds, modes, strict=True)]
+
+
+def linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Several dense linear layers over one token.
+
+    Args:
+        x: `[..., in_features]`, one row.
+        weights: `[out_features, in_features]` each, output-channel-major in memory, as nn.Linear has them.
+        biases: `[out_features]` or None each.
+    """
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def sparse_gated_linear(

@@ -52,7 +52,8 @@ def tune(
     """Tunes one-token decoding for the shapes, and keeps the results for later processes.
 
     Args:
-        shapes: (in_features, (out_features, ...)); two out_features for `gate` and `up` over their shared input.
+        shapes: (in_features, (out_features, ...)); several out_features for layers over
+            one input (`gate` and `up`; `q`, `k` and `v`).
         dtype: of the weights.
         device: GPU to tune on.
         budget_seconds: time to spend, divided evenly among the shapes; each shape tries one configuration at least.
@@ -148,13 +149,14 @@ class _Problem:
         return graph_time([self._launch(number, threshold, configuration) for number in numbers])
 
     def _launch(self, number: int, threshold: float, configuration: LaunchConfiguration) -> Callable[[], Any]:
-        from .floating_point import sparse_linear, sparse_linear_pair
+        from .floating_point import sparse_linear, sparse_linear_group
 
         x, weights = self.inputs[number], self.weights[number]
         if len(weights) == 1:
             return lambda: sparse_linear(x, weights[0], None, threshold, 0.0, configuration)
-        return lambda: sparse_linear_pair(
-            x, weights[0], weights[1], None, None, threshold, threshold, 0.0, 0.0, configuration
+        count = len(weights)
+        return lambda: sparse_linear_group(
+            x, weights, count * [None], count * [threshold], count * [0.0], configuration
         )
 
 

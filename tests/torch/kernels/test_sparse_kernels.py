@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_problems import DEVICE, DTYPES, Layer, assert_close, expected, random_input, random_layer
 
 from optimum_scap.torch.kernels import reference
-from optimum_scap.torch.kernels.configurations import LaunchConfiguration
+from optimum_scap.torch.kernels.configurations import DenseConfiguration, LaunchConfiguration
 
 
 pytest.importorskip("triton")
@@ -21,6 +21,12 @@ CONFIGURATIONS = (
     LaunchConfiguration(num_warps=2, unroll=8, slices=1, sum_block=64),
     LaunchConfiguration(num_warps=4, unroll=2, slices=7, sum_block=32),
     None,
+)
+DENSE_CONFIGURATIONS = (
+    None,
+    DenseConfiguration(num_warps=1, block_n=1, block_k=32),
+    DenseConfiguration(num_warps=2, block_n=8, block_k=128),
+    DenseConfiguration(num_warps=4, block_n=2, block_k=1024),
 )
 IMPLEMENTATIONS = {"triton": floating_point, "reference": reference}
 
@@ -122,16 +128,84 @@ def test_all_pruned_gives_the_bias_and_none_pruned_the_dense_product(kernels, dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_pair_has_two_thresholds_modes_and_sizes(kernels, dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_layers_of_a_group_have_thresholds_modes_and_sizes_of_their_own(
+    kernels, dtype: torch.dtype, rows: int, count: int
+) -> None:
     generator = torch.Generator().manual_seed(3)
     x = random_input(generator, rows, 70, dtype)
-    a = random_layer(generator, 70, 130, dtype, threshold=0.4, mode=0.25)
-    b = random_layer(generator, 70, 61, dtype, threshold=1.1, with_bias=False, padding=3)
-    outputs = kernels.sparse_linear_pair(
-        x, a.weight, b.weight, a.bias, b.bias, a.threshold, b.threshold, a.mode, b.mode
+    layers = [
+        random_layer(generator, 70, 130, dtype, threshold=0.4, mode=0.25),
+        random_layer(generator, 70, 61, dtype, threshold=1.1, with_bias=False, padding=3),
+        random_layer(generator, 70, 300, dtype, threshold=0.8),
+        random_layer(generator, 70, 1, dtype, threshold=0.1, with_bias=False, mode=-0.5),
+        random_layer(generator, 70, 3, dtype, threshold=100.0),
+        random_layer(generator, 70, 257, dtype, threshold=-1.0, mode=0.125),
+        random_layer(generator, 70, 32, dtype, threshold=0.7),
+    ][:count]
+    layers[0].bias = layers[0].bias.to(dtype)
+    outputs = kernels.sparse_linear_group(
+        x,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.threshold for layer in layers],
+        [layer.mode for layer in layers],
     )
-    for y, layer in zip(outputs, (a, b), strict=True):
+    for y, layer in zip(outputs, layers, strict=True):
+        assert y.dtype == dtype and y.is_contiguous()
         assert_close(y, expected(x, layer))
+
+
+@settings(
+    max_examples=200 if ON_GPU else 40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(
+    in_features=st.integers(1, 600),
+    out_features=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    padding=st.integers(0, 3),
+    configuration=st.sampled_from(DENSE_CONFIGURATIONS),
+    seed=st.integers(0, 99),
+)
+def test_dense_group_is_right_for_every_shape(
+    in_features: int,
+    out_features: list[int],
+    dtype: torch.dtype,
+    padding: int,
+    configuration: DenseConfiguration | None,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = random_input(generator, 1, in_features, dtype)
+    layers = [dense_layer(generator, in_features, features, dtype, padding) for features in out_features]
+    weights, biases = zip(*layers, strict=True)
+    outputs = floating_point.linear_group(x, weights, biases, configuration)
+    for y, (weight, bias) in zip(outputs, layers, strict=True):
+        assert y.dtype == dtype
+        product = x.double() @ weight.double().t()
+        assert_close(y, product if bias is None else product + bias.double())
+
+
+def dense_layer(
+    generator: torch.Generator, in_features: int, out_features: int, dtype: torch.dtype, padding: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights that lie as nn.Linear has them, NaN beside them, and a bias or none."""
+    stored = torch.full((out_features, in_features + padding), torch.nan)
+    stored[:, :in_features] = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
+    bias = torch.randn(out_features, generator=generator).to(DEVICE, dtype) if out_features % 2 else None
+    return stored.to(DEVICE, dtype)[:, :in_features], bias
+
+
+def test_dense_group_refuses_wrong_arguments() -> None:
+    x, weight = torch.zeros(1, 4, device=DEVICE), torch.zeros(6, 4, device=DEVICE)
+    assert floating_point.linear_group(x[0], [weight], [None])[0].shape == (6,)
+    assert floating_point.linear_group(x[None], [weight], [None])[0].shape == (1, 1, 6)
+    with pytest.raises(ValueError, match="takes one row, got an input of shape \\(2, 4\\)"):
+        floating_point.linear_group(x.expand(2, 4), [weight], [None])
+    with pytest.raises(ValueError, match="output-channel-major"):
+        floating_point.linear_group(x, [torch.zeros(4, 6, device=DEVICE).t()], [None])
+    with pytest.raises(ValueError, match="3 input channels, input of 4"):
+        floating_point.linear_group(x, [weight, weight[:, :3]], [None, None])
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
