@@ -2,10 +2,19 @@
 
 Random weights; thresholds are calibrated, so that the sparsity is real, and what is realised on the measured tokens is
 printed. All models take turns in one process. The loop is a static cache and one step of one token, compiled as a CUDA
-graph; `--generate` measures transformers' own `generate(cache_implementation="static")` too.
+graph; `--generate` measures transformers' own `generate(cache_implementation="static")` too, dense and SCAP's first
+specification.
+
+A sparse model also runs q, k and v of attention in one launch, whether they are pruned or not, and attention that it
+leaves dense through a kernel of ours. What that gives by itself is a row of its own: a dense model with nothing else.
+
+`--cats` adds CATS, on the Triton kernels of its authors, at the sparsity that costs as much quality as SCAP's first
+specification; `--reference` adds the reference's method, threshold masks and one of those kernels in float32 without
+compilation, beside the dense model run in the same way.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -13,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_baselines import CatsKernels, install_cats, install_reference, load_cats, pruned_fractions
 from machine import describe_machine
 from random_models import SHAPES, random_llama
 from rich.console import Console
@@ -20,83 +30,211 @@ from rich.table import Table
 
 from optimum_scap import SCAPConfig, sparsify_activations
 from optimum_scap.evaluation.torch_benchmark import DecodeLoop, realised_sparsity
+from optimum_scap.parameters import LayerParameters
+from optimum_scap.torch.backend import read_parameters
+from optimum_scap.torch.shared_input import share_inputs
 
 
 SPECS = {
     "FFN 35/55 %": "up=0.35,gate=0.35,down=0.55",
     "all FC 50 %": "q=0.5,k=0.5,v=0.5,o=0.5,up=0.5,gate=0.5,down=0.5",
 }
+WARM_UP = 2  # compiling and recording, then a run of what was recorded
+PREFILLS = 5  # per repeat: they are short, and compared within a few percent
+REFERENCE_REPEATS = 2
+DENSE, ATTENTION, CATS = "dense", "dense, attention as in SCAP", "CATS, attention as in SCAP"
+DENSE_FLOAT32, REFERENCE = "dense, float32, not compiled", "reference's method, float32, not compiled"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--scap", action="append", help="specification; repeat for several")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--generate", action="store_true", help="measure transformers' generate() as well")
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="measure transformers' generate() as well: of dense and of the first specification",
+    )
     parser.add_argument("--eager", action="store_true", help="do not compile the step (a trial on a CPU)")
+    parser.add_argument("--cats", type=Path, help="checkout of github.com/ScalingIntelligence/CATS to compare with")
+    parser.add_argument(
+        "--cats-sparsity",
+        type=float,
+        default=0.377,
+        help="fraction of the neurons that CATS prunes (default: %(default)s, which skips 25.1 %% of the FFN weights, "
+        "gate being read whole. At the perplexity of SCAP with up=0.35,gate=0.35,down=0.55 CATS may skip as much, by "
+        "docs/results/cats-quality-smollm2-f32.json, measured on SmolLM2-135M)",
+    )
+    parser.add_argument("--reference", action="store_true", help="measure the reference's method too (needs --cats)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.reference and arguments.cats is None:
+        parser.error("--reference runs on the kernels of CATS: say where they are with --cats")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, arguments.dtype)
+    kernels = load_cats(arguments.cats) if arguments.cats else None
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(32000, (1, arguments.prompt_tokens + arguments.new_tokens), generator=generator).to(device)
-    calibration = [{"input_ids": torch.randint(32000, (1, 256), generator=generator)} for _ in range(4)]
-    specs = {spec: spec for spec in arguments.scap} if arguments.scap else SPECS
-    models: dict[str, Any] = {"dense": random_llama(arguments.shape, device, dtype)}
-    memory = {"dense": _allocated(device)}
-    for name, spec in specs.items():
-        before = _allocated(device)
-        models[name] = random_llama(arguments.shape, device, dtype)
-        sparsify_activations(models[name], SCAPConfig.from_spec(spec), calibration)
-        memory[name] = _allocated(device) - before
-    sparsity = {name: realised_sparsity(models[name], ids) for name in specs}
-    loops = {name: DecodeLoop(model, ids.shape[1], not arguments.eager) for name, model in models.items()}
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
-    split = arguments.prompt_tokens
-    for repeat in range(arguments.repeats + 2):  # compiling and recording, then a run of what was recorded
-        for name, loop in loops.items():
-            seconds = _timed(device, lambda loop=loop: loop(ids[:, :split], 0))
-            steps = _timed(device, lambda loop=loop: _steps(loop, ids, split))
-            if repeat >= 2:
-                prefill[name].append(split / seconds)
-                decode[name].append(arguments.new_tokens / steps)
-    generate = _measure_generate(models, ids[:, :32], device, arguments) if arguments.generate else {}
-
-    result = {
+    # as long as what is measured: over random tokens the output of attention shrinks with their number
+    calibration = [{"input_ids": torch.randint(32000, (1, ids.shape[1]), generator=generator)} for _ in range(4)]
+    result: dict[str, Any] = {
         "machine": describe_machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "model": f"{arguments.shape}, random weights, {arguments.dtype}",
-        "prompt tokens": split,
+        "prompt tokens": arguments.prompt_tokens,
         "new tokens": arguments.new_tokens,
-        "prefill tok/s": prefill,
-        "decode tok/s": decode,
-        "generate tok/s": generate,
-        "weights MiB": {name: value / 2**20 for name, value in memory.items()},
-        "realised sparsity": sparsity,
+        "prefill tok/s": {},
+        "decode tok/s": {},
+        "generate tok/s": {},
+        "weights MiB": {},
+        "realised sparsity": {},
     }
-    columns = [f"prefill of {split} tok/s", "decode tok/s", "decode vs dense", "generate tok/s", "weights MiB"]
-    table = Table("model", *columns, "skipped")
-    for name in models:
-        skipped = ", ".join(f"{role} {value:.0%}" for role, value in sparsity.get(name, {}).items())
-        ratios = [ours / dense for ours, dense in zip(decode[name], decode["dense"], strict=True)]
-        table.add_row(
-            name,
-            _spread(prefill[name]),
-            _spread(decode[name]),
-            _spread(ratios),
-            _spread(generate[name]) if generate else "",
-            f"{memory[name] / 2**20:.0f}",
-            skipped,
-        )
-    Console(width=180).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    specs = {spec: spec for spec in arguments.scap} if arguments.scap else SPECS
+    ours = next(iter(specs))
+    thresholds = _measure_models(result, specs, kernels, calibration, ids, arguments)
+    _print_table(result, list(result["decode tok/s"]), DENSE)
+    if kernels:
+        result["at equal quality"] = _compare_at_equal_quality(result, ours, arguments.cats_sparsity)
+    _write(result, arguments.json)  # in case that what follows is cut off
+    if arguments.reference:
+        _release()
+        _measure_reference(result, kernels, thresholds[ours], ids, arguments)
+        _print_table(result, [DENSE_FLOAT32, REFERENCE], DENSE_FLOAT32)
+        decode = result["decode tok/s"]
+        ratio = statistics.median(decode[ours]) / statistics.median(decode[REFERENCE])
+        result["SCAP over the reference's method"] = ratio
+        print(f"SCAP, {ours}, decodes {ratio:.2f} times as fast as the reference's method")
+        _write(result, arguments.json)
+
+
+def _measure_models(
+    result: dict[str, Any],
+    specs: dict[str, str],
+    kernels: CatsKernels | None,
+    calibration: list[dict[str, torch.Tensor]],
+    ids: torch.Tensor,
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, LayerParameters]]:
+    """Fills `result`; what was calibrated, by name of the specification and path of the layer, outlives the models."""
+    device, dtype = ids.device, getattr(torch, arguments.dtype)
+    memory, sparsity = result["weights MiB"], result["realised sparsity"]
+    models: dict[str, Any] = {}
+    thresholds: dict[str, dict[str, LayerParameters]] = {}
+    for name in (DENSE, ATTENTION, *specs, *([CATS] if kernels else [])):
+        before = _allocated(device)
+        model = models[name] = random_llama(arguments.shape, device, dtype)
+        if name in (ATTENTION, CATS):
+            for block in model.model.layers:
+                share_inputs(block.self_attn)
+        if name in specs:
+            sparsify_activations(model, SCAPConfig.from_spec(specs[name]), calibration)
+            sparsity[name] = realised_sparsity(model, ids)
+            parameters = read_parameters(model)
+            assert parameters is not None
+            thresholds[name] = parameters.layers
+        elif kernels and name == CATS:
+            samples = torch.cat([sample["input_ids"] for sample in calibration]).to(device)
+            install_cats(model, kernels, arguments.cats_sparsity, samples)
+            sparsity[name] = pruned_fractions(model, ids)
+        memory[name] = (_allocated(device) - before) / 2**20
+    _take_turns(result, models, ids, arguments.prompt_tokens, arguments.repeats, not arguments.eager)
+    if arguments.generate:
+        chosen = {name: models[name] for name in (DENSE, next(iter(specs)))}
+        result["generate tok/s"] = _measure_generate(chosen, ids[:, :32], device, arguments)
+    return thresholds
+
+
+def _measure_reference(
+    result: dict[str, Any],
+    kernels: Any,
+    thresholds: dict[str, LayerParameters],
+    ids: torch.Tensor,
+    arguments: argparse.Namespace,
+) -> None:
+    models: dict[str, Any] = {}
+    for name in (DENSE_FLOAT32, REFERENCE):
+        before = _allocated(ids.device)
+        models[name] = random_llama(arguments.shape, ids.device, torch.float32)
+        if name == REFERENCE:
+            install_reference(models[name], kernels, thresholds)
+            result["realised sparsity"][name] = pruned_fractions(models[name], ids)
+        result["weights MiB"][name] = (_allocated(ids.device) - before) / 2**20
+    _take_turns(result, models, ids, arguments.prompt_tokens, REFERENCE_REPEATS, compiled=False)
+
+
+def _take_turns(
+    result: dict[str, Any], models: dict[str, Any], ids: torch.Tensor, split: int, repeats: int, compiled: bool
+) -> None:
+    """Adds the speeds of `models`: prefill of `split` tokens of `ids` [1, tokens], then the others one by one."""
+    device = ids.device
+    loops = {name: DecodeLoop(model, ids.shape[1], compiled) for name, model in models.items()}
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(WARM_UP + repeats):
+        for _ in range(PREFILLS):
+            for name, loop in loops.items():
+                seconds = _timed(device, lambda loop=loop: loop(ids[:, :split], 0))
+                if repeat >= WARM_UP:
+                    prefill[name].append(split / seconds)
+        for name, loop in loops.items():  # each goes on behind the prompt in its cache
+            seconds = _timed(device, lambda loop=loop: _steps(loop, ids, split))
+            if repeat >= WARM_UP:
+                decode[name].append((ids.shape[1] - split) / seconds)
+    result["prefill tok/s"] |= prefill
+    result["decode tok/s"] |= decode
+
+
+def _compare_at_equal_quality(result: dict[str, Any], ours: str, cats_sparsity: float) -> dict[str, Any]:
+    """The speed-ups of SCAP and CATS over the dense model with the same attention; prints them."""
+    decode = result["decode tok/s"]
+    speedup = {name: statistics.median(_ratios(decode[name], decode[ATTENTION])) for name in (ours, CATS)}
+    # None where CATS gains nothing that could be divided by
+    ratio = (speedup[ours] - 1) / (speedup[CATS] - 1) if speedup[CATS] > 1 else None
+    print(f"SCAP, {ours}: {speedup[ours]:.3f}x of {ATTENTION}; CATS, {cats_sparsity:.1%}: {speedup[CATS]:.3f}x")
+    print(f"additional speed-up: SCAP's is {ratio:.2f} times CATS's" if ratio else "CATS is no faster than dense")
+    return {
+        "SCAP": ours,
+        "SCAP decode vs dense with the same attention": speedup[ours],
+        "CATS sparsity wanted": cats_sparsity,
+        "CATS decode vs dense with the same attention": speedup[CATS],
+        "additional speed-up, SCAP over CATS": ratio,
+    }
+
+
+def _print_table(result: dict[str, Any], names: list[str], dense: str) -> None:
+    """One row for each of `names`, with its speed over that of `dense` in the same turns."""
+    prefill, decode, generate = (result[f"{phase} tok/s"] for phase in ("prefill", "decode", "generate"))
+    columns = [f"prefill of {result['prompt tokens']} tok/s", "prefill vs dense", "decode tok/s", "decode vs dense"]
+    columns += ["generate tok/s", "generate vs dense"] if generate else []
+    table = Table("model", *columns, "weights MiB", "skipped")
+    for name in names:
+        cells = [_spread(prefill[name]), _spread(_ratios(prefill[name], prefill[dense]))]
+        cells += [_spread(decode[name]), _spread(_ratios(decode[name], decode[dense]))]
+        if generate:
+            measured = name in generate
+            cells += [_spread(generate[name]) if measured else ""]
+            cells += [_spread(_ratios(generate[name], generate[dense])) if measured else ""]
+        skipped = result["realised sparsity"].get(name, {})
+        roles = ", ".join(f"{role} {value:.1%}" for role, value in skipped.items())
+        table.add_row(name, *cells, f"{result['weights MiB'][name]:.0f}", roles)
+    Console(width=240).print(table)
+
+
+def _write(result: dict[str, Any], file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _release() -> None:
+    """Frees the models that were measured, and the graphs that were recorded of them."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _steps(loop: DecodeLoop, ids: torch.Tensor, past: int) -> None:
@@ -112,14 +250,14 @@ def _measure_generate(
     count = arguments.new_tokens
     options: Any = {"do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(prompt)
-    for repeat in range(arguments.repeats + 2):
+    for repeat in range(WARM_UP + arguments.repeats):
         for name, model in models.items():
 
             def run(tokens: int, model: Any = model) -> None:
                 model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, **options)
 
             seconds = _timed(device, lambda run=run: run(count)) - _timed(device, lambda run=run: run(1))
-            if repeat >= 2:
+            if repeat >= WARM_UP:
                 speeds[name].append((count - 1) / seconds)
     return speeds
 
@@ -135,6 +273,10 @@ def _timed(device: torch.device, run: Any) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _ratios(values: list[float], dense: list[float]) -> list[float]:
+    return [value / other for value, other in zip(values, dense, strict=True)]
 
 
 def _allocated(device: torch.device) -> float:

@@ -8,7 +8,6 @@ both layers) at the bandwidth of a large copy on the same GPU.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 import triton
+from gpu_baselines import load_file
 from machine import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_scap.torch.kernels import sparse_linear, sparse_linear_pair
+from optimum_scap.torch.kernels import sparse_linear, sparse_linear_group
 from optimum_scap.torch.kernels.configurations import configuration_for
 from optimum_scap.torch.kernels.tuning import graph_time, normal_threshold
 
@@ -37,11 +37,14 @@ SHAPES: dict[str, Shape] = {
     "4096x14336": (4096, (14336,)),
     "14336x4096": (14336, (4096,)),
     "4096x22016 pair": (4096, (11008, 11008)),
+    "4096x12288 q, k, v": (4096, (4096, 4096, 4096)),
+    "4096x6144 q, k, v": (4096, (4096, 1024, 1024)),
     "8192x28672": (8192, (28672,)),
     "28672x8192": (28672, (8192,)),
 }
 DTYPES = ("float16", "bfloat16", "float32")
 POOL_BYTES = 3_400_000_000
+SPARE_BYTES = 10_000_000
 READ_PER_GRAPH = 400_000_000
 
 
@@ -71,8 +74,13 @@ class Problem:
     def run_sparse(self, threshold: float) -> Callable[[int], Any]:
         if len(self.out_features) == 1:
             return lambda number: sparse_linear(self.inputs[number], self.sparse[number][0], threshold=threshold)
-        return lambda number: sparse_linear_pair(
-            self.inputs[number], *self.sparse[number], threshold_a=threshold, threshold_b=threshold
+        count = len(self.out_features)
+        return lambda number: sparse_linear_group(
+            self.inputs[number],
+            self.sparse[number],
+            count * [None],
+            thresholds=count * [threshold],
+            modes=count * [0.0],
         )
 
     def run_other(self, kernel: "Baseline", threshold: float, sparsity: float) -> Callable[[int], Any]:
@@ -115,22 +123,12 @@ def baselines(teal: Path | None, cats: Path | None) -> dict[str, Baseline]:
     if teal is not None:
         # Its wrapper for torch.compile, which needs another package, plays no part here.
         sys.modules.setdefault("compile_wrapper", types.SimpleNamespace(BaseKernel=object))  # type: ignore[arg-type]
-        teal_gemv = _load(teal / "kernels" / "sparse_gemv.py").splitk_sparse_gemv
+        teal_gemv = load_file(teal / "kernels" / "sparse_gemv.py").splitk_sparse_gemv
         found["TEAL"] = lambda x, weight, threshold, sparsity: teal_gemv(x, weight, threshold, int(100 * sparsity))
     if cats is not None:
-        cats_gemv = _load(cats / "flash_gemv" / "flash_gemv" / "kernels.py").gather_transposed_gemv_flag_3d
+        cats_gemv = load_file(cats / "flash_gemv" / "flash_gemv" / "kernels.py").gather_transposed_gemv_flag_3d
         found["CATS"] = lambda x, weight, threshold, _: cats_gemv(x, weight.t(), x.abs() > threshold)
     return found
-
-
-def _load(file: Path) -> types.ModuleType:
-    """One file as a module, without the package around it (that of CATS wants its CUDA kernels compiled)."""
-    spec = importlib.util.spec_from_file_location(f"baseline_{file.stem}", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise SystemExit(f"{file} does not exist: is this the right checkout?")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def measure(
@@ -164,7 +162,7 @@ def measure(
 def print_row(row: dict[str, Any]) -> None:
     others = "".join(f"  {key.removesuffix('_us')} {row[key]:.1f}" for key in ("TEAL_us", "CATS_us") if key in row)
     print(
-        f"{row['shape']:>16} {row['dtype']:>8} {row['sparsity']:4.0%}  {row['us']:6.1f} us, "
+        f"{row['shape']:>18} {row['dtype']:>8} {row['sparsity']:4.0%}  {row['us']:6.1f} us, "
         f"{row['ideal_us'] / row['us']:4.0%} of the ideal {row['ideal_us']:.1f}; cuBLAS dense {row['dense_us']:.1f}"
         f"{others}; error {row['relative_error']:.1e}",
         flush=True,
@@ -187,10 +185,12 @@ def main() -> None:
     shapes = {name: SHAPES[name] for name in arguments.shapes}
     rows = []
     for dtype in (getattr(torch, name) for name in arguments.dtypes):
-        pool = torch.empty(POOL_BYTES // dtype.itemsize, dtype=dtype, device="cuda").normal_(0, 0.02)
+        # The other kernels read past the end of a weight whose size is no multiple of their blocks.
+        memory = torch.empty((POOL_BYTES + SPARE_BYTES) // dtype.itemsize, dtype=dtype, device="cuda").normal_(0, 0.02)
+        pool = memory[: POOL_BYTES // dtype.itemsize]
         bandwidth = copy_bandwidth(pool)
         rows += measure(pool, shapes, arguments.sparsities, others, bandwidth)
-        del pool
+        del memory, pool
     gpu = {
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda or torch.version.hip,
