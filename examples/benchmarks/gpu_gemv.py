@@ -89,7 +89,7 @@ class Problem:
     def check(self, threshold: float) -> float:
         """Relative error against float64 on the first copy."""
         outputs = self.run_sparse(threshold)(0)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         x = self.inputs[0].double()
         kept = torch.where(self.inputs[0].float().abs() <= threshold, 0.0, x)
         errors = []
