@@ -12,11 +12,12 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from tiny_models import tiny_model, tiny_samples
+from tiny_models import CONFIGS, tiny_model, tiny_samples
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.roles import find_role
 from optimum_scap.torch import shared_input
 from optimum_scap.torch.folder import kernel_shapes
 from optimum_scap.torch.layers import SCAPLinear
@@ -85,18 +86,30 @@ def one_token(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["zero", "median"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "phi", "opt", "bert", "vit"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_attention_gives_what_its_layers_give(name: str, mode: str) -> None:
     model, samples = sparse_model(name, ALL, mode)
     attention = [block for block in blocks(model) if len(block.scap_together) == 3]
-    assert len(attention) == 2 and all(
-        type(layer) is not nn.Linear for block in attention for layer in block.children()
-    )
+    separate = [path for path, _ in model.named_modules() if find_role(path) == "q"]
+    assert len(attention) == len(separate)
+    assert separate or name not in ("llama", "qwen2", "qwen3", "gemma3", "phi", "opt", "bert", "vit")
+    assert all(type(layer) is not nn.Linear for block in attention for layer in block.children())
     apart = one_by_one(model)
     assert_same(outputs(model, samples[0]), outputs(apart, samples[0]))
     if "input_ids" in samples[0]:
         assert_same(outputs(model, one_token(samples[0])), outputs(apart, one_token(samples[0])))
-    assert nothing_is_left(model)
+    assert nothing_is_left(model) or not blocks(model)
+
+
+def test_attention_weights_can_be_asked_for() -> None:
+    """transformers finds the blocks that give them by their class."""
+    model, samples = sparse_model("llama", ALL)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found, expected = (each(**samples[0], output_attentions=True) for each in (model, one_by_one(model)))
+    assert len(found.attentions) == 2
+    for weights, wanted in zip(found.attentions, expected.attentions, strict=True):
+        assert_same(weights, wanted)
 
 
 def test_one_token_is_one_operation_and_many_tokens_are_pruned_once() -> None:
