@@ -6,6 +6,7 @@ instrumented.
 """
 
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,17 +19,24 @@ HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-def run_driver(name: str, sources: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path) -> None:
+def run_driver(
+    name: str,
+    sources: tuple[str, ...],
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    compiler: tuple[str, ...] = (),
+    emulator: tuple[str, ...] = (),
+) -> None:
     program = tmp_path / name
     command = [
-        *find_compiler(), *BASE_FLAGS, "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}",
+        *(compiler or find_compiler()), *BASE_FLAGS, "-pthread", f"-I{HERE / 'std_tbb'}", f"-I{SOURCE_DIR}",
         HERE / f"{name}.cpp", *(SOURCE_DIR / source for source in sources), "-o", program, *flags,
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"the compiler has no library for {flags}")
     assert built.returncode == 0, built.stderr
-    result = subprocess.run([program], capture_output=True, text=True)
+    result = subprocess.run([*emulator, program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -57,3 +65,12 @@ def test_tiles_that_the_system_refuses(tmp_path):
         pytest.skip("the AMX build needs AVX-512 VNNI")
     tiles = ("-march=native", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
     run_kernels(tmp_path, (*tiles, "-O1", "-DREFUSE_TILES", "-Wl,--wrap=syscall"))
+
+
+@pytest.mark.parametrize("flags", ((), ("-march=armv8.2-a+fp16+dotprod",)), ids=("armv8", "armv8.2"))
+def test_kernels_are_right_on_aarch64(flags, tmp_path):
+    """Cross-compiled and emulated: Debian's packages g++-aarch64-linux-gnu and qemu-user."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    run_driver("kernels_driver", ("linear.cpp",), ("-static", *flags), tmp_path, (compiler,), (emulator,))
