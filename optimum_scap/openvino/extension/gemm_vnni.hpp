@@ -89,16 +89,14 @@ inline bool fill_int8(const Panels& panels, const float* x, int64_t in_features,
 class BlockPrefetch {
 public:
     BlockPrefetch(const uint8_t* base, const uint32_t* rows, int64_t count, int64_t row_bytes, int64_t bytes)
-        : base_(base), rows_(rows), count_(count), row_bytes_(row_bytes), bytes_(bytes) {}
+        : base_(base), rows_(rows), end_(rows + count), row_bytes_(row_bytes), lines_(ceil_div(bytes, 64)) {}
 
-    /// The next `lines` cache lines, as long as there are any.
+    /// At least the next `lines` cache lines, as long as there are any: whole rows of the block.
     SCAP_INLINE void advance(int64_t lines) {
-        for (; lines > 0 && row_ < count_; --lines) {
-            __builtin_prefetch(base_ + rows_[row_] * row_bytes_ + byte_, 0, 2);
-            byte_ += 64;
-            if (byte_ >= bytes_) {
-                byte_ = 0;
-                ++row_;
+        for (due_ += lines; due_ > 0 && rows_ < end_; due_ -= lines_) {
+            const uint8_t* line = base_ + *rows_++ * row_bytes_;
+            for (int64_t i = 0; i < lines_; ++i) {
+                __builtin_prefetch(line + 64 * i, 0, 2);
             }
         }
     }
@@ -106,11 +104,10 @@ public:
 private:
     const uint8_t* base_;
     const uint32_t* rows_;
-    int64_t count_;
+    const uint32_t* end_;
     int64_t row_bytes_;
-    int64_t bytes_;
-    int64_t row_ = 0;
-    int64_t byte_ = 0;
+    int64_t lines_;
+    int64_t due_ = 0;
 };
 
 constexpr int64_t kBlockBytes = 512;
@@ -167,12 +164,34 @@ void for_each_load(const Panels& panels, int64_t p, int64_t row_bytes, const uin
 constexpr int kStepRows = kBytes == 64 ? 6 : 3;
 constexpr int kStepVectors = 2;
 
-/// c[m][...] += scaled sums of `Rows` rows of x (tiles, from row 0 on) times kStepVectors vectors of packed columns.
-template <int Rows, WeightType Type>
+/// What turns sums of one panel into floats, for one vector of columns: x_scale * scale * (sums - sum * zero_point),
+/// `sum` being that of the activations. Without groups the scale is applied once, at the very end.
+struct FloatFold {
+    simd::Float scale;
+    simd::Float zero_point;
+
+    FloatFold() = default;
+    SCAP_INLINE FloatFold(const Weights& weights, int64_t group, int64_t column)
+        : scale(weights.grouped() ? simd::load_scale(weights.scale_type, weights.scale_at(group, column))
+                                  : simd::set1(1.0f)),
+          zero_point(weights.zero_points != nullptr
+                         ? simd::load_u8(weights.zero_points + group * weights.padded_out() + column)
+                         : simd::set1(static_cast<float>(weights.zero_point))) {}
+
+    SCAP_INLINE void add_to(float* accumulators, Int high, Int low, float x_scale, int32_t sum) const {
+        simd::Float value = simd::fma(to_float(high), simd::set1(256.0f), to_float(low));
+        value = simd::fma(zero_point, simd::set1(-static_cast<float>(sum)), value);
+        simd::store(accumulators, simd::fma(value, simd::mul(scale, simd::set1(x_scale)), simd::load(accumulators)));
+    }
+};
+
+/// c[m][...] += scaled sums of `Rows` rows of x (tiles, from row 0 on) times kStepVectors vectors of packed columns,
+/// whose columns are `c_distance` apart.
+template <int Rows>
 __attribute__((noinline)) void multiply_step(const int8_t* x, const uint8_t* w, int64_t pitch, int64_t quads,
-                                             BlockPrefetch& ahead, int64_t lines, const Fold<Type>& fold, int half,
-                                             int first_vector, const float* scales, const int32_t* sums, float* c,
-                                             int64_t c_pitch) {
+                                             BlockPrefetch* ahead, int64_t lines, const FloatFold* fold,
+                                             const float* scales, const int32_t* sums, float* c, int64_t c_pitch,
+                                             int64_t c_distance) {
     Int high[Rows][kStepVectors], low[Rows][kStepVectors];
     unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
         unroll<kStepVectors>([&](auto i) SCAP_INLINE_LAMBDA {
@@ -182,7 +201,7 @@ __attribute__((noinline)) void multiply_step(const int8_t* x, const uint8_t* w, 
     for (int64_t first = 0; first < quads; first += kDepth / 4, x += 2 * kTileBytes) {
         const int64_t count = std::min(quads - first, kDepth / 4);
         const int8_t* at = x;
-        ahead.advance(lines);
+        ahead->advance(lines);
         for (int64_t quad = 0; quad < count; ++quad, at += 4, w += kBytes) {
             Int weights[kStepVectors];
             unroll<kStepVectors>([&](auto i) SCAP_INLINE_LAMBDA {
@@ -200,33 +219,32 @@ __attribute__((noinline)) void multiply_step(const int8_t* x, const uint8_t* w, 
     }
     unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
         unroll<kStepVectors>([&](auto i) SCAP_INLINE_LAMBDA {
-            fold.add_vector(c + m * c_pitch, half, first_vector + i, add(shift_left8(high[m][i]), low[m][i]),
-                            scales[m], sums[m]);
+            fold[i].add_to(c + m * c_pitch + i * c_distance, high[m][i], low[m][i], scales[m], sums[m]);
         });
     });
 }
 
 /// multiply_step for `rows` <= kStepRows rows.
-template <WeightType Type, class... Arguments>
-SCAP_INLINE void multiply_up_to(int64_t rows, Arguments&&... arguments) {
+template <class... Arguments>
+SCAP_INLINE void multiply_up_to(int64_t rows, Arguments... arguments) {
     switch (rows) {
         case 1:
-            return multiply_step<1, Type>(arguments...);
+            return multiply_step<1>(arguments...);
         case 2:
-            return multiply_step<2, Type>(arguments...);
+            return multiply_step<2>(arguments...);
         case 3:
-            return multiply_step<3, Type>(arguments...);
+            return multiply_step<3>(arguments...);
         default:
             break;
     }
     if constexpr (kStepRows == 6) {
         switch (rows) {
             case 4:
-                return multiply_step<4, Type>(arguments...);
+                return multiply_step<4>(arguments...);
             case 5:
-                return multiply_step<5, Type>(arguments...);
+                return multiply_step<5>(arguments...);
             default:
-                return multiply_step<6, Type>(arguments...);
+                return multiply_step<6>(arguments...);
         }
     }
 }
@@ -256,20 +274,27 @@ void gemm(const Weights& weights, const Panels& panels, const Int8Activations& x
             pack_weights<Type, true>(panels, panel, row_bytes, base + byte, depth, quads, ahead,
                                      few_rows ? kLinesPerQuad : 0, scratch);
             const int64_t column = byte * 8 / bits(Type);
-            const Fold<Type> fold(weights, panel.group, first_column + column);
+            FloatFold fold[kHalves][4];
+            for (int half = 0; half < kHalves; ++half) {
+                for (int i = 0; i < 4; ++i) {
+                    fold[half][i] = FloatFold(weights, panel.group, first_column + column + column_of<Type>(half, i));
+                }
+            }
             for (int64_t block = 0; block < rows; block += kTileRows) {
                 const int8_t* tiles = x.tiles + x.panel_tiles[p] + block * depth * 2;
                 const int64_t block_rows = std::min(rows - block, kTileRows);
-                const int64_t steps = ceil_div(block_rows, kStepRows);
-                for (int64_t step = 0; step < steps; ++step) {
-                    const int64_t m = block_rows * step / steps;
-                    const int64_t count = block_rows * (step + 1) / steps - m;
+                const int64_t block_steps = ceil_div(block_rows, kStepRows);
+                for (int64_t step = 0; step < block_steps; ++step) {
+                    const int64_t m = block_rows * step / block_steps;
+                    const int64_t count = block_rows * (step + 1) / block_steps - m;
                     const int64_t at = p * x.padded_rows + block + m;
+                    float* row = c + (block + m) * c_pitch + column;
                     for (int half = 0; half < kHalves; ++half) {
                         for (int i = 0; i < 4; i += kStepVectors) {
-                            multiply_up_to<Type>(count, tiles + m * kDepth, scratch + (half * 4 + i) * pitch, pitch,
-                                                 quads, ahead, lines, fold, half, i, x.scales + at, x.sums + at,
-                                                 c + (block + m) * c_pitch + column, c_pitch);
+                            const int64_t first = column_of<Type>(half, i);
+                            multiply_up_to(count, tiles + m * kDepth, scratch + (half * 4 + i) * pitch, pitch, quads,
+                                           &ahead, lines, fold[half] + i, x.scales + at, x.sums + at, row + first,
+                                           c_pitch, column_of<Type>(half, i + 1) - first);
                         }
                     }
                 }
