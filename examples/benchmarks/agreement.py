@@ -1,7 +1,8 @@
 """How far two correct executions of one model differ, in f32: rounding, and what sparsity makes of it.
 
 For a dense and a SCAP folder: the relative difference of the logits between reading a text at once and token by token,
-with stock optimum-intel; and the perplexity of the SCAP folder with OpenVINO's operations and with the C++ ones.
+with stock optimum-intel. For the SCAP folder: behind how many of a number of prompts two executions generate the same
+tokens greedily, and its perplexity with OpenVINO's operations and with the C++ ones.
 """
 
 import argparse
@@ -40,12 +41,60 @@ def differences(folder: Path, text: str, tokens: int) -> list[float]:
     return [float(value) for value in distance / np.linalg.norm(at_once, axis=-1)]
 
 
+def continue_greedily(model: Any, ids: torch.Tensor, tokens: int, *, at_once: bool = True) -> list[int]:
+    """The tokens behind a prompt `[1, n]` that is read at once or token by token."""
+    chunks = [ids] if at_once else list(ids.split(1, dim=1))
+    past, seen, generated = None, 0, []
+    while len(generated) < tokens:
+        chunk = chunks.pop(0)
+        seen += chunk.shape[1]
+        output = model(input_ids=chunk, attention_mask=torch.ones((1, seen), dtype=torch.int64), past_key_values=past)
+        past = output.past_key_values
+        if not chunks:
+            generated.append(int(output.logits[0, -1].argmax()))
+            chunks.append(torch.tensor([generated[-1:]]))
+    return generated
+
+
+def equal_continuations(folder: Path, text: str, prompts: int, tokens: int) -> dict[str, list[int]]:
+    """For pairs of executions and each prompt of 16 tokens, how many of `tokens` are equal before the first that differs."""
+    ids = AutoTokenizer.from_pretrained(str(folder))(text, return_tensors="pt")["input_ids"]
+    starts = np.linspace(0, ids.shape[1] - 16, prompts).astype(int)
+    chosen = [ids[:, start : start + 16] for start in starts]
+    runs: dict[str, list[list[int]]] = {}
+    for name, package, config in (
+        ("stock", optimum.intel, {}),
+        ("stock, one thread", optimum.intel, {"INFERENCE_NUM_THREADS": "1"}),
+        ("C++", optimum_scap, {}),
+    ):
+        model = package.OVModelForCausalLM.from_pretrained(str(folder), ov_config=EXACT | config)
+        runs[name] = [continue_greedily(model, prompt, tokens) for prompt in chosen]
+        if not config:
+            by_token = [continue_greedily(model, prompt, tokens, at_once=False) for prompt in chosen]
+            runs[f"{name}, prompt token by token"] = by_token
+
+    def equal_tokens(first: str, second: str) -> list[int]:
+        pairs = zip(runs[first], runs[second], strict=True)
+        return [int(np.cumprod(np.equal(*pair)).sum()) for pair in pairs]
+
+    return {
+        f"{first} / {second}": equal_tokens(first, second)
+        for first, second in (
+            ("stock", "stock, one thread"),
+            ("stock", "stock, prompt token by token"),
+            ("stock", "C++"),
+            ("stock, prompt token by token", "C++, prompt token by token"),
+        )
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
@@ -54,6 +103,10 @@ def main() -> None:
         values = differences(folder, text, arguments.tokens)
         result[name] = values
         print(f"{name}: at once against token by token, median {np.median(values):.1e}, largest {max(values):.1e}")
+    result["greedy"] = equal_continuations(arguments.sparse, text, arguments.prompts, arguments.tokens)
+    for name, counts in result["greedy"].items():
+        equal = sum(count == arguments.tokens for count in counts)
+        print(f"{name}: the same {arguments.tokens} tokens behind {equal} of {len(counts)} prompts")
     tokenizer = AutoTokenizer.from_pretrained(str(arguments.sparse))
     for package in (optimum.intel, optimum_scap):
         model = package.OVModelForCausalLM.from_pretrained(str(arguments.sparse), ov_config=dict(EXACT))

@@ -33,6 +33,14 @@ SCAP_INLINE Int shift_right4(Int v) {
 #    endif
 }
 
+SCAP_INLINE Int shift_left4(Int v) {
+#    if defined(SCAP_AVX512)
+    return _mm512_slli_epi32(v, 4);
+#    else
+    return _mm256_slli_epi32(v, 4);
+#    endif
+}
+
 /// Activations of one panel as integers, x = scale * q.
 struct QuantizedPanel {
     alignas(64) int16_t values[kFewRows][kMaxQuantizedRows];
@@ -59,26 +67,20 @@ SCAP_INLINE const uint8_t* scalar(const uint8_t* p) {
     return p;
 }
 
-/// Two rows of weights with one 16-bit number per value and column, pairs of rows in the 32-bit lanes: four vectors for
-/// each of `Halves` nibble halves from `half` on (1 and 0 for u8).
-template <WeightType Type, int Halves>
-SCAP_INLINE void load_pair(const uint8_t* first, const uint8_t* second, int half, Int v[4 * Halves]) {
-    Int a = load(first), b = load(second);
-    if constexpr (Type == WeightType::u4 && Halves == 1) {
-        a = half == 0 ? low_nibbles(a) : high_nibbles(a);
-        b = half == 0 ? low_nibbles(b) : high_nibbles(b);
-    }
+/// Two rows of weights with one 16-bit number per byte, pairs of rows in the 32-bit lanes.
+SCAP_INLINE void interleave_pair(Int a, Int b, Int v[4]) {
     const Int low = interleave8_low(a, b), high = interleave8_high(a, b);
     v[0] = interleave8_low(low, zero());
     v[1] = interleave8_high(low, zero());
     v[2] = interleave8_low(high, zero());
     v[3] = interleave8_high(high, zero());
-    if constexpr (Halves == 2) {
-        for (int i = 0; i < 4; ++i) {
-            v[4 + i] = shift_right4(v[i]);
-            v[i] = low_nibbles(v[i]);
-        }
-    }
+}
+
+/// One nibble half of u4 (0 for u8, which has none).
+template <WeightType Type>
+SCAP_INLINE Int load_half(const uint8_t* p, int half) {
+    const Int v = load(p);
+    return Type == WeightType::u8 ? v : half == 0 ? low_nibbles(v) : high_nibbles(v);
 }
 
 /// kStreams rows of weights, or what is left of a panel, and the rows that are read after them.
@@ -89,31 +91,42 @@ struct Block {
     bool first;  // of its panel
 };
 
-/// sums[m][4 * Halves vectors] (of the block's panel, as interleaving leaves them) += products of the block at `byte`.
+/// Prefetches what is read kAhead bytes after `byte` of the block.
+template <bool Full>
+SCAP_INLINE void prefetch_block(const Block& block, int64_t byte, int64_t width) {
+    const bool wraps = byte + kAhead >= width;
+    const uint8_t* const* ahead = wraps ? block.next : block.rows;
+    const int64_t ahead_byte = byte + kAhead - (wraps ? width : 0);
+    for (int64_t i = 0; i < (Full ? kStreams : 2 * block.pairs); ++i) {
+        prefetch(scalar(ahead[i]) + ahead_byte);
+    }
+}
+
+/// sums[m][4 vectors] (of the block's panel, as interleaving leaves them) += products of the block at `byte`.
 /// `Full`: the block has all its rows, and the loop over them a constant length.
-template <WeightType Type, int Rows, int Halves, bool Full>
+template <WeightType Type, int Rows, bool Full>
 SCAP_INLINE void add_block(const Block& block, int64_t byte, int half, const int16_t* x, int32_t* sums,
                            int64_t pitch) {
-    constexpr int kVectors = 4 * Halves;
-    Int total[Rows][kVectors];
+    Int total[Rows][4];
     unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
-        unroll<kVectors>([&](auto i) SCAP_INLINE_LAMBDA {
+        unroll<4>([&](auto i) SCAP_INLINE_LAMBDA {
             const int32_t* at = sums + m * pitch + i * simd::kWidth;
             total[m][i] = block.first ? zero() : load(reinterpret_cast<const uint8_t*>(at));
         });
     });
     for (int64_t pair = 0; pair < (Full ? kStreams / 2 : block.pairs); ++pair) {
-        Int v[kVectors];
-        load_pair<Type, Halves>(scalar(block.rows[2 * pair]) + byte, scalar(block.rows[2 * pair + 1]) + byte, half, v);
+        Int v[4];
+        interleave_pair(load_half<Type>(scalar(block.rows[2 * pair]) + byte, half),
+                        load_half<Type>(scalar(block.rows[2 * pair + 1]) + byte, half), v);
         unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
             const Int value = broadcast(reinterpret_cast<const int8_t*>(x + m * kMaxQuantizedRows + 2 * pair));
-            unroll<kVectors>([&](auto i) SCAP_INLINE_LAMBDA {
+            unroll<4>([&](auto i) SCAP_INLINE_LAMBDA {
                 total[m][i] = dot16(total[m][i], v[i], value);
             });
         });
     }
     unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
-        unroll<kVectors>([&](auto i) SCAP_INLINE_LAMBDA {
+        unroll<4>([&](auto i) SCAP_INLINE_LAMBDA {
             store(reinterpret_cast<uint8_t*>(sums + m * pitch + i * simd::kWidth), total[m][i]);
         });
     });
@@ -126,21 +139,13 @@ __attribute__((noinline)) void stream_block(const Block& block, int64_t width, c
     constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
     constexpr int kPasses = ceil_div(Rows, kStreamRows);
     for (int64_t byte = 0; byte < width; byte += kBytes) {
-        const bool wraps = byte + kAhead >= width;
-        const uint8_t* const* ahead = wraps ? block.next : block.rows;
-        const int64_t ahead_byte = byte + kAhead - (wraps ? width : 0);
-        for (int64_t i = 0; i < (Full ? kStreams : 2 * block.pairs); ++i) {
-            prefetch(scalar(ahead[i]) + ahead_byte);
-        }
+        prefetch_block<Full>(block, byte, width);
         unroll<kPasses>([&](auto pass) SCAP_INLINE_LAMBDA {
             constexpr int kFirst = Rows * pass / kPasses;
             constexpr int kCount = Rows * (pass + 1) / kPasses - kFirst;
-            // The sums of one row leave registers for both halves of u4 at once.
-            constexpr int kTogether = kCount == 1 ? kHalves : 1;
-            for (int half = 0; half < kHalves; half += kTogether) {
-                add_block<Type, kCount, kTogether, Full>(block, byte, half, x + kFirst * kMaxQuantizedRows,
-                                                         sums + kFirst * pitch + (byte * kHalves + half * kBytes),
-                                                         pitch);
+            for (int half = 0; half < kHalves; ++half) {
+                add_block<Type, kCount, Full>(block, byte, half, x + kFirst * kMaxQuantizedRows,
+                                              sums + kFirst * pitch + (byte * kHalves + half * kBytes), pitch);
             }
         });
     }
@@ -174,6 +179,71 @@ __attribute__((noinline)) void fold_panel(const Weights& weights, int64_t group,
     }
 }
 
+/// How the sums of one row of activations become floats.
+struct TokenFold {
+    const Weights& weights;
+    int64_t group;
+    int64_t first_column;
+    float x_scale;
+    int32_t sum;
+    float* accumulators;
+
+    /// The sums of one vector load of u8, in the order in which interleaving leaves them, `half` as of column_of.
+    template <WeightType Type>
+    SCAP_INLINE void add(int64_t column, int half, Int v[4]) const {
+        order_columns(v);
+        for (int i = 0; i < 4; ++i) {
+            const int64_t at = column + column_of<Type>(half, i);
+            FoldVector(weights, group, first_column + at).add_to(accumulators + at, v[i], x_scale, sum);
+        }
+    }
+};
+
+/// Rows == 1: the products of a block for all columns, added to the panel's sums, or with `Last` to what those mean.
+/// The sums of u4 are those of whole bytes and those of their high nibbles, the first less 16 times the second being
+/// those of the low nibbles: 256 whole bytes fit, see quantize.hpp.
+template <WeightType Type, bool Full, bool Last>
+__attribute__((noinline)) void stream_token(const Block& block, int64_t width, const int16_t* x, int32_t* sums,
+                                            const TokenFold& fold) {
+    constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
+    for (int64_t byte = 0; byte < width; byte += kBytes) {
+        prefetch_block<Full>(block, byte, width);
+        int32_t* at = sums + byte * kHalves;
+        Int total[4 * kHalves];
+        unroll<4 * kHalves>([&](auto i) SCAP_INLINE_LAMBDA {
+            total[i] = block.first ? zero() : load(reinterpret_cast<const uint8_t*>(at + i * simd::kWidth));
+        });
+        for (int64_t pair = 0; pair < (Full ? kStreams / 2 : block.pairs); ++pair) {
+            Int v[4];
+            interleave_pair(load(scalar(block.rows[2 * pair]) + byte), load(scalar(block.rows[2 * pair + 1]) + byte),
+                            v);
+            const Int value = broadcast(reinterpret_cast<const int8_t*>(x + 2 * pair));
+            unroll<4>([&](auto i) SCAP_INLINE_LAMBDA {
+                total[i] = dot16(total[i], v[i], value);
+                if constexpr (kHalves == 2) {
+                    total[4 + i] = dot16(total[4 + i], shift_right4(v[i]), value);
+                }
+            });
+        }
+        if constexpr (Last) {
+            if constexpr (kHalves == 2) {
+                Int low[4];
+                unroll<4>([&](auto i) SCAP_INLINE_LAMBDA {
+                    low[i] = sub(total[i], shift_left4(total[4 + i]));
+                });
+                fold.add<Type>(byte * kHalves, 0, low);
+                fold.add<Type>(byte * kHalves, 1, total + 4);
+            } else {
+                fold.add<Type>(byte, 0, total);
+            }
+        } else {
+            unroll<4 * kHalves>([&](auto i) SCAP_INLINE_LAMBDA {
+                store(reinterpret_cast<uint8_t*>(at + i * simd::kWidth), total[i]);
+            });
+        }
+    }
+}
+
 /// accumulators[m][c - first_column] += x W of panel p for `Rows` rows of x and the columns from first_column up to
 /// last_column, rounded up to whole vector loads. `sums` is scratch of the same shape. The panels up to last_panel
 /// follow.
@@ -196,10 +266,22 @@ void gemv_panel(const Weights& weights, const Panels& panels, int64_t p, int64_t
         }
         block.pairs = count / 2;
         block.first = k == 0;
-        const auto stream = count == kStreams ? stream_block<Type, Rows, true> : stream_block<Type, Rows, false>;
-        stream(block, width, x.values[0] + k, sums, pitch);
+        const bool full = count == kStreams;
+        if constexpr (Rows == 1) {
+            const TokenFold fold{weights, panel.group, first_column, x.scales[0], x.sums[0], accumulators};
+            const auto stream = k + count == panel.padded()
+                                    ? (full ? stream_token<Type, true, true> : stream_token<Type, false, true>)
+                                    : stream_token<Type, true, false>;
+            stream(block, width, x.values[0] + k, sums, fold);
+        } else {
+            const auto stream = full ? stream_block<Type, Rows, true> : stream_block<Type, Rows, false>;
+            stream(block, width, x.values[0] + k, sums, pitch);
+        }
     }
-    fold_panel<Type>(weights, panel.group, x, Rows, first_column, width * 8 / bits(Type), sums, accumulators, pitch);
+    if constexpr (Rows > 1) {
+        const int64_t columns = width * 8 / bits(Type);
+        fold_panel<Type>(weights, panel.group, x, Rows, first_column, columns, sums, accumulators, pitch);
+    }
 }
 
 }  // namespace scap::vnni
