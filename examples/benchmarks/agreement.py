@@ -57,7 +57,7 @@ def continue_greedily(model: Any, ids: torch.Tensor, tokens: int, *, at_once: bo
 
 
 def equal_continuations(folder: Path, text: str, prompts: int, tokens: int) -> dict[str, list[int]]:
-    """For pairs of executions and each prompt of 16 tokens, how many of `tokens` are equal before the first that differs."""
+    """For pairs of executions and each prompt of 16 tokens, how many of `tokens` agree until one differs."""
     ids = AutoTokenizer.from_pretrained(str(folder))(text, return_tensors="pt")["input_ids"]
     starts = np.linspace(0, ids.shape[1] - 16, prompts).astype(int)
     chosen = [ids[:, start : start + 16] for start in starts]

@@ -16,7 +16,7 @@ import openvino as ov
 
 from .extension.build import build_extension
 from .extension.nodes import create_feed_forward, create_linear
-from .extension.packing import PackedLayer
+from .extension.packing import BufferPool, PackedLayer
 from .graph import evaluate_constant, evaluate_weights, is_constant
 from .threshold_ops import ThresholdOps, find_threshold_ops
 from .weights import UnsupportedWeightsError, pack_weights
@@ -60,9 +60,10 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
         return report
     # Finding the library asks the compiler for its version: once for a model, not once for every node.
     library = library or build_extension()
+    pool = BufferPool()
     for ops in found_ops:
         try:
-            layer = _prepare(ops, library)
+            layer = _prepare(ops, library, pool)
         except ValueError as reason:
             report.kept[ops.layer.path] = str(reason)
             logger.debug("%s keeps the stock operations: %s", ops.layer.path, reason)
@@ -99,7 +100,7 @@ def fuse(model: ov.Model, *, precision: str = "split", library: Path | None = No
     return report
 
 
-def _prepare(ops: ThresholdOps, library: Path) -> _FusedLayer:
+def _prepare(ops: ThresholdOps, library: Path, pool: BufferPool) -> _FusedLayer:
     layer = ops.layer
     if not (np.isfinite(ops.mode) and np.isfinite(ops.threshold) and ops.threshold >= 0):
         raise UnsupportedWeightsError(f"mode {ops.mode} and threshold {ops.threshold}")
@@ -108,7 +109,7 @@ def _prepare(ops: ThresholdOps, library: Path) -> _FusedLayer:
     if ops.source.get_element_type() != ov.Type.f32 or layer.node.get_output_element_type(0) != ov.Type.f32:
         raise UnsupportedWeightsError(f"activations of type {ops.source.get_element_type().get_type_name()}")
     output, bias = _output_and_bias(ops)
-    return _FusedLayer(ops, pack_weights(layer, bias, library), output)
+    return _FusedLayer(ops, pack_weights(layer, bias, library=library, pool=pool), output)
 
 
 def _output_and_bias(ops: ThresholdOps) -> tuple[ov.Output, np.ndarray | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from .extension.packing import PackedLayer, pack_float, pack_integer, unpack_nibbles
+from .extension.packing import BufferPool, PackedLayer, pack_float, pack_integer, unpack_nibbles
 from .graph import FullyConnected
 
 
@@ -34,13 +34,20 @@ class _Integers:
     nibbles: bool
 
 
-def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None, library: Path | None = None) -> PackedLayer:
+def pack_weights(
+    layer: FullyConnected,
+    bias: np.ndarray | None = None,
+    *,
+    library: Path | None = None,
+    pool: BufferPool | None = None,
+) -> PackedLayer:
     """The weights of `layer` in the layout of the C++ operation, without requantizing them.
 
     Args:
         layer: a fully connected layer.
         bias: float32 `[out_features]` to add to its output, or None.
         library: the compiled extension, which packs faster than numpy.
+        pool: where the packed weights' memory comes from.
 
     Raises:
         UnsupportedWeightsError: if the weights are of another kind than f32, f16, bf16, INT8 or INT4 with scales per
@@ -51,7 +58,7 @@ def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None, library:
     if node.get_type_name() == "Reshape":
         node = _skip(node.input_value(0), "Convert")
     if node.get_type_name() == "Constant":
-        return _pack_float(layer, node, bias, library)
+        return _pack_float(layer, node, bias, library, pool)
     integers = _read_integers(layer, node)
     return pack_integer(
         integers.q,
@@ -63,11 +70,12 @@ def pack_weights(layer: FullyConnected, bias: np.ndarray | None = None, library:
         group_size=integers.group_size,
         nibbles=integers.nibbles,
         library=library,
+        pool=pool,
     )
 
 
 def _pack_float(
-    layer: FullyConnected, constant: ov.Node, bias: np.ndarray | None, library: Path | None
+    layer: FullyConnected, constant: ov.Node, bias: np.ndarray | None, library: Path | None, pool: BufferPool | None
 ) -> PackedLayer:
     kind = constant.get_output_element_type(0).get_type_name()
     if kind not in _FLOATS:
@@ -76,7 +84,7 @@ def _pack_float(
     if kind == "bf16":
         values = values.view(np.uint16)
     values = values.T if layer.weights_transposed else values
-    return pack_float(values, bias, bfloat16=kind == "bf16", library=library)
+    return pack_float(values, bias, bfloat16=kind == "bf16", library=library, pool=pool)
 
 
 def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:

@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 
 from optimum_scap.openvino.extension.build import build_extension
-from optimum_scap.openvino.extension.packing import TAIL_BYTES, pack_float, pack_integer, unpack_nibbles
+from optimum_scap.openvino.extension.packing import (
+    ALIGNMENT,
+    HUGE_PAGE_BYTES,
+    POOL_BYTES,
+    TAIL_BYTES,
+    BufferPool,
+    pack_float,
+    pack_integer,
+    unpack_nibbles,
+)
 
 
 def test_rows_are_input_channels():
@@ -87,3 +96,26 @@ def test_what_does_not_fit_is_refused(changes, message):
 def test_float_weights_of_another_type_are_refused():
     with pytest.raises(ValueError, match="weight must be"):
         pack_float(np.zeros((2, 2), np.float64))
+
+
+def test_buffers_of_a_pool_lie_apart_and_outlive_it():
+    pool = BufferPool()
+    sizes = [1, 63, 64, 65, POOL_BYTES - 256, POOL_BYTES, 3 * HUGE_PAGE_BYTES, POOL_BYTES + 1, 17]
+    buffers = [pool.take(size) for size in sizes]
+    del pool
+    for buffer, size in zip(buffers, sizes, strict=True):
+        assert buffer.size == size and buffer.ctypes.data % ALIGNMENT == 0
+    starts = sorted((buffer.ctypes.data, buffer.size) for buffer in buffers)
+    assert all(at + size <= after for (at, size), (after, _) in zip(starts, starts[1:], strict=False))
+    assert buffers[0].ctypes.data % HUGE_PAGE_BYTES == 0
+    assert buffers[1].ctypes.data - buffers[0].ctypes.data == ALIGNMENT  # one behind the other
+    for number, buffer in enumerate(buffers):
+        buffer[0] = buffer[-1] = number
+    assert [(buffer[0], buffer[-1]) for buffer in buffers] == [(n, n) for n in range(len(sizes))]
+
+
+def test_a_pool_changes_nothing_in_a_buffer():
+    weight = np.random.default_rng(0).standard_normal((33, 17)).astype(np.float32)
+    pool = BufferPool()
+    pool.take(5)
+    np.testing.assert_array_equal(pack_float(weight, pool=pool).buffer, pack_float(weight).buffer)
