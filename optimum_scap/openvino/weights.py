@@ -74,6 +74,19 @@ def pack_weights(
     )
 
 
+def is_int4(layer: FullyConnected) -> bool:
+    """Whether the weights of `layer` are 4-bit integers with scales, as `pack_weights` reads them."""
+    node = _skip(layer.weights, "Convert")
+    if node.get_type_name() == "Reshape":
+        node = _skip(node.input_value(0), "Convert")
+    if node.get_type_name() != "Multiply":
+        return False
+    try:
+        return _read_integers(layer, node).bits == 4
+    except UnsupportedWeightsError:
+        return False
+
+
 def _pack_float(
     layer: FullyConnected, constant: ov.Node, bias: np.ndarray | None, library: Path | None, pool: BufferPool | None
 ) -> PackedLayer:

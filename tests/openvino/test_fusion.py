@@ -1,5 +1,7 @@
 """Fused models against portable ones: every weight format, both threshold patterns, whole FFNs and single layers."""
 
+import platform
+
 import numpy as np
 import openvino as ov
 import pytest
@@ -7,9 +9,13 @@ from openvino import opset13 as opset
 from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, linear, samples
 
 from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.openvino.extension.build import build_extension
+from optimum_scap.openvino.extension.packing import is_fast_for_dense_int4
 from optimum_scap.openvino.fusion import fuse
+from optimum_scap.openvino.graph import find_fully_connected
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
+from optimum_scap.openvino.weights import is_int4
 
 
 SPEC = "up=0.4,gate=0.4,down=0.6"
@@ -72,6 +78,44 @@ def test_layers_that_are_no_whole_ffn_are_fused_one_input_at_a_time() -> None:
     fuse(fused, precision="f32")
     assert kinds(fused) == {"SCAPLinear": 6, "SCAPFeedForward": 0, "MatMul": 0, "Select": 0}
     assert_close(fused, differing, data[0]["x"])
+
+
+@pytest.mark.parametrize("weights", ["int4_asym", "int4_sym", "mixed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dense_layers_of_int4_weights_use_the_operation_too(weights: str, bias: bool) -> None:
+    data = samples()
+    portable = sparsify_activations(compressed(gated_ffn(bias=bias), weights), "down=0.5", data)
+    fused = portable.clone()
+    report = fuse(fused, precision="f32", dense_int4=True)
+    expected = {layer.path for layer in find_fully_connected(portable) if layer.role != "down" and is_int4(layer)}
+    assert set(report.dense) == expected and len(report.fused) == 2
+    if weights == "mixed":
+        assert 0 < len(expected) < 4
+    else:  # gate and up share their input, hence an operation
+        assert len(expected) == 4
+        assert kinds(fused) == {"SCAPLinear": 4, "SCAPFeedForward": 0, "MatMul": 0, "Select": 0}
+    for rows in (1, 2, 40):
+        assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
+
+
+def test_dense_layers_use_the_operation_where_that_is_faster() -> None:
+    portable = sparsify_activations(compressed(gated_ffn(), "int4_sym"), "down=0.5", samples())
+    assert fuse(portable.clone()).dense == []  # an encoder, say: the operation gains where tokens come one by one
+    state = opset.read_value(opset.constant(np.zeros(1, np.float32)), "past")
+    portable.add_sinks([opset.assign(state, "past")])
+    is_fast = is_fast_for_dense_int4(build_extension())
+    assert len(fuse(portable.clone()).dense) == (4 if is_fast else 0)
+    for settings in ({"precision": "f32"}, {"dense_int4": False}):
+        fused = portable.clone()
+        assert fuse(fused, **settings).dense == []
+        assert kinds(fused)["MatMul"] == 4
+    without_avx512 = build_extension("avx2" if platform.machine() == "x86_64" else "portable")
+    assert not is_fast_for_dense_int4(without_avx512)
+    for weights in ("f32", "int8_sym"):
+        other = sparsify_activations(compressed(gated_ffn(), weights), "down=0.5", samples())
+        assert fuse(other, dense_int4=True).dense == [] and kinds(other)["MatMul"] == 4
+    dense = compressed(gated_ffn(), "int4_sym")
+    assert fuse(dense, dense_int4=True).dense == [] and kinds(dense)["MatMul"] == 6
 
 
 def test_an_ffn_whose_inner_values_are_read_elsewhere_keeps_them() -> None:

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "parallel.hpp"
-#include "weights.hpp"
+#include "simd.hpp"
 
 namespace scap {
 namespace {
@@ -157,4 +157,13 @@ extern "C" __attribute__((visibility("default"))) void optimum_scap_pack_rows(
     for (int64_t row = 0; row < in_features; ++row) {
         std::memset(s.target + row * row_bytes + used_bytes, 0, static_cast<size_t>(row_bytes - used_bytes));
     }
+}
+
+/// Whether dense layers of 4-bit weights decode faster here than with OpenVINO's own kernels. Measured with AVX-512 VNNI.
+extern "C" __attribute__((visibility("default"))) int optimum_scap_is_fast_for_dense_int4() {
+#if defined(SCAP_VNNI) && defined(SCAP_AVX512)
+    return 1;
+#else
+    return 0;
+#endif
 }
