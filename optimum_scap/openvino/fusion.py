@@ -19,6 +19,7 @@ from .extension.build import build_extension
 from .extension.nodes import create_feed_forward, create_linear
 from .extension.packing import BufferPool, PackedLayer, is_fast_for_dense_int4
 from .graph import FullyConnected, evaluate_constant, evaluate_weights, find_fully_connected, is_constant
+from .mapped_files import MappedFiles
 from .threshold_ops import ThresholdOps, find_threshold_ops, match_threshold_ops
 from .weights import UnsupportedWeightsError, is_int4, pack_weights
 
@@ -67,10 +68,10 @@ def fuse(
         return report
     # Finding the library asks the compiler for its version: once for a model, not once for every node.
     library = library or build_extension()
-    pool = BufferPool()
+    pool, files = BufferPool(), MappedFiles()
     for ops in found_ops:
         try:
-            layer = _prepare(ops, library, pool)
+            layer = _prepare(ops, library, pool, files)
         except ValueError as reason:
             report.kept[ops.layer.path] = str(reason)
             logger.debug("%s keeps the stock operations: %s", ops.layer.path, reason)
@@ -106,7 +107,7 @@ def fuse(
     if dense_int4 is None:
         dense_int4 = precision != "f32" and _generates(model) and is_fast_for_dense_int4(library)
     if dense_int4:
-        report.dense = _fuse_dense_int4(model, pool, common)
+        report.dense = _fuse_dense_int4(model, pool, files, common)
     model.validate_nodes_and_infer_types()
     return report
 
@@ -117,7 +118,7 @@ def _generates(model: ov.Model) -> bool:
     return bool(model.get_sinks()) or any(name.startswith(("past_key_values", "cache_params")) for name in names)
 
 
-def _fuse_dense_int4(model: ov.Model, pool: BufferPool, common: dict[str, Any]) -> list[str]:
+def _fuse_dense_int4(model: ov.Model, pool: BufferPool, files: MappedFiles, common: dict[str, Any]) -> list[str]:
     """Puts the operation in the place of dense layers of 4-bit weights, one for those that share an input."""
     groups: dict[tuple[str, int], list[FullyConnected]] = {}
     for layer in find_fully_connected(model):
@@ -130,7 +131,7 @@ def _fuse_dense_int4(model: ov.Model, pool: BufferPool, common: dict[str, Any]) 
         for layer in group:
             output, bias = _output_and_bias(layer)
             outputs.append(output)
-            packed.append(pack_weights(layer, bias, library=common["library"], pool=pool))
+            packed.append(pack_weights(layer, bias, library=common["library"], pool=pool, files=files))
         node = create_linear(group[0].activations, packed, **common)
         node.set_friendly_name(f"{group[0].path}/SCAPLinear")
         for index, output in enumerate(outputs):
@@ -138,7 +139,7 @@ def _fuse_dense_int4(model: ov.Model, pool: BufferPool, common: dict[str, Any]) 
     return [layer.path for group in groups.values() for layer in group]
 
 
-def _prepare(ops: ThresholdOps, library: Path, pool: BufferPool) -> _FusedLayer:
+def _prepare(ops: ThresholdOps, library: Path, pool: BufferPool, files: MappedFiles) -> _FusedLayer:
     layer = ops.layer
     if not (np.isfinite(ops.mode) and np.isfinite(ops.threshold) and ops.threshold >= 0):
         raise UnsupportedWeightsError(f"mode {ops.mode} and threshold {ops.threshold}")
@@ -148,7 +149,7 @@ def _prepare(ops: ThresholdOps, library: Path, pool: BufferPool) -> _FusedLayer:
         raise UnsupportedWeightsError(f"activations of type {ops.source.get_element_type().get_type_name()}")
     # What is pruned becomes the mode, where the operation makes it zero.
     output, bias = _output_and_bias(layer, 0.0 if ops.centred else ops.mode)
-    return _FusedLayer(ops, pack_weights(layer, bias, library=library, pool=pool), output)
+    return _FusedLayer(ops, pack_weights(layer, bias, library=library, pool=pool, files=files), output)
 
 
 def _output_and_bias(layer: FullyConnected, offset: float = 0.0) -> tuple[ov.Output, np.ndarray | None]:

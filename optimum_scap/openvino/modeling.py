@@ -98,7 +98,7 @@ def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str
     try:
         library = build_extension()
         extend_core(library)
-        report = fuse(clone, precision=_precision(ov_config), library=library)
+        report = fuse(clone, precision=preferred_precision(ov_config), library=library)
     except ExtensionBuildError as error:
         warnings.warn(f"SCAP runs with OpenVINO's own operations, at the dense speed: {error}", stacklevel=2)
         return model
@@ -106,7 +106,7 @@ def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str
     return clone if report.fused else model
 
 
-def _precision(ov_config: dict[str, str] | None) -> str:
+def preferred_precision(ov_config: dict[str, str] | None = None) -> str:
     """f32 if asked for; else what OpenVINO would do with many rows on this CPU: bf16 where it is native."""
     hint = str((ov_config or {}).get("INFERENCE_PRECISION_HINT", "")).lower()
     if "f32" in hint or "float32" in hint:

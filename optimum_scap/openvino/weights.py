@@ -8,6 +8,7 @@ import openvino as ov
 
 from .extension.packing import BufferPool, PackedLayer, pack_float, pack_integer, unpack_nibbles
 from .graph import FullyConnected
+from .mapped_files import MappedFiles
 
 
 _INTEGERS = {"u8": (8, False), "i8": (8, True), "u4": (4, False), "i4": (4, True)}
@@ -22,7 +23,7 @@ class UnsupportedWeightsError(ValueError):
 class _Integers:
     """q `[out, in]`, scale and zero point `[out, groups]`: W = (q - zero_point) * scale.
 
-    With `nibbles`, q is `[out, in / 2]` bytes of two values each.
+    With `nibbles`, q is `[out, in / 2]` bytes of two values each. `stored` is the IR's own constant behind q.
     """
 
     q: np.ndarray
@@ -32,6 +33,7 @@ class _Integers:
     signed: bool
     group_size: int
     nibbles: bool
+    stored: np.ndarray
 
 
 def pack_weights(
@@ -40,6 +42,7 @@ def pack_weights(
     *,
     library: Path | None = None,
     pool: BufferPool | None = None,
+    files: MappedFiles | None = None,
 ) -> PackedLayer:
     """The weights of `layer` in the layout of the C++ operation, without requantizing them.
 
@@ -48,6 +51,7 @@ def pack_weights(
         bias: float32 `[out_features]` to add to its output, or None.
         library: the compiled extension, which packs faster than numpy.
         pool: where the packed weights' memory comes from.
+        files: what the memory of the weights that were packed is given back to.
 
     Raises:
         UnsupportedWeightsError: if the weights are of another kind than f32, f16, bf16, INT8 or INT4 with scales per
@@ -58,8 +62,20 @@ def pack_weights(
     if node.get_type_name() == "Reshape":
         node = _skip(node.input_value(0), "Convert")
     if node.get_type_name() == "Constant":
-        return _pack_float(layer, node, bias, library, pool)
-    integers = _read_integers(layer, node)
+        packed = _pack_float(layer, node, bias, library, pool)
+        stored = node.data
+    else:
+        integers = _read_integers(layer, node)
+        stored = integers.stored
+        packed = _pack_integers(integers, bias, library, pool)
+    if files is not None:
+        files.release(stored)
+    return packed
+
+
+def _pack_integers(
+    integers: _Integers, bias: np.ndarray | None, library: Path | None, pool: BufferPool | None
+) -> PackedLayer:
     return pack_integer(
         integers.q,
         integers.scale,
@@ -138,7 +154,7 @@ def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:
             if (rounded != zero_point).any() or abs(rounded).max() > 255:
                 raise UnsupportedWeightsError("zero points that are no integers")
             zero_point = rounded.astype(np.int16)
-    return _Integers(q, scale, zero_point, bits, signed, group_size if groups > 1 else 0, nibbles)
+    return _Integers(q, scale, zero_point, bits, signed, group_size if groups > 1 else 0, nibbles, centred.data)
 
 
 def _groups(layer: FullyConnected, shape: tuple[int, ...]) -> tuple[int, int]:
