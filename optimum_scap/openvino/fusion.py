@@ -126,17 +126,23 @@ def _fuse_dense_int4(model: ov.Model, pool: BufferPool, files: MappedFiles, comm
         if types == {ov.Type.f32} and not layer.quantizers and match_threshold_ops(layer) is None and is_int4(layer):
             source = layer.activations
             groups.setdefault((source.get_node().get_name(), source.get_index()), []).append(layer)
+    fused = []
     for group in groups.values():
         outputs, packed = [], []
-        for layer in group:
-            output, bias = _output_and_bias(layer)
-            outputs.append(output)
-            packed.append(pack_weights(layer, bias, library=common["library"], pool=pool, files=files))
+        try:
+            for layer in group:
+                output, bias = _output_and_bias(layer)
+                outputs.append(output)
+                packed.append(pack_weights(layer, bias, library=common["library"], pool=pool, files=files))
+        except ValueError as reason:
+            logger.debug("%s keeps the stock operation: %s", layer.path, reason)
+            continue
         node = create_linear(group[0].activations, packed, **common)
         node.set_friendly_name(f"{group[0].path}/SCAPLinear")
         for index, output in enumerate(outputs):
             _redirect(output, node.output(index))
-    return [layer.path for group in groups.values() for layer in group]
+        fused += [layer.path for layer in group]
+    return fused
 
 
 def _prepare(ops: ThresholdOps, library: Path, pool: BufferPool, files: MappedFiles) -> _FusedLayer:

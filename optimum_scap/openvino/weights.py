@@ -57,10 +57,7 @@ def pack_weights(
         UnsupportedWeightsError: if the weights are of another kind than f32, f16, bf16, INT8 or INT4 with scales per
             output channel or group of input channels.
     """
-    value = layer.weights
-    node = _skip(value, "Convert")
-    if node.get_type_name() == "Reshape":
-        node = _skip(node.input_value(0), "Convert")
+    node = _decompression(layer)
     if node.get_type_name() == "Constant":
         packed = _pack_float(layer, node, bias, library, pool)
         stored = node.data
@@ -92,15 +89,16 @@ def _pack_integers(
 
 def is_int4(layer: FullyConnected) -> bool:
     """Whether the weights of `layer` are 4-bit integers with scales, as `pack_weights` reads them."""
-    node = _skip(layer.weights, "Convert")
-    if node.get_type_name() == "Reshape":
-        node = _skip(node.input_value(0), "Convert")
-    if node.get_type_name() != "Multiply":
-        return False
     try:
-        return _read_integers(layer, node).bits == 4
+        return _read_integers(layer, _decompression(layer)).bits == 4
     except UnsupportedWeightsError:
         return False
+
+
+def _decompression(layer: FullyConnected) -> ov.Node:
+    """The last operation of the weights' decompression, or their constant."""
+    node = _skip(layer.weights, "Convert")
+    return _skip(node.input_value(0), "Convert") if node.get_type_name() == "Reshape" else node
 
 
 def _pack_float(

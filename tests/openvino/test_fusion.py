@@ -98,6 +98,20 @@ def test_dense_layers_of_int4_weights_use_the_operation_too(weights: str, bias: 
         assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
 
 
+def test_dense_layers_that_cannot_be_packed_stay() -> None:
+    portable = sparsify_activations(compressed(gated_ffn(), "int4_asym"), "down=0.5", samples())
+    gate = next(layer for layer in find_fully_connected(portable) if layer.role == "gate")
+    subtract = gate.weights.get_node()
+    while subtract.get_type_name() != "Subtract":
+        subtract = subtract.input_value(0).get_node()
+    shape = subtract.input_value(1).get_shape()
+    subtract.input(1).replace_source_output(opset.constant(np.full(shape, 20, np.float16)).output(0))
+    fused = portable.clone()
+    report = fuse(fused, precision="f32", dense_int4=True)
+    assert len(report.dense) == 2 and gate.path not in report.dense  # its whole group stays
+    assert_close(fused, portable, samples()[0]["x"])
+
+
 def test_dense_layers_use_the_operation_where_that_is_faster() -> None:
     portable = sparsify_activations(compressed(gated_ffn(), "int4_sym"), "down=0.5", samples())
     assert fuse(portable.clone()).dense == []  # an encoder, say: the operation gains where tokens come one by one
