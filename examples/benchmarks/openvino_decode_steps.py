@@ -6,38 +6,25 @@ SCAP runs twice: with the C++ operation for its sparse layers only, and for dens
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 from machine import describe_machine
 
+from optimum_scap.evaluation.benchmark import Stepper
 from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.fusion import fuse
 from optimum_scap.openvino.modeling import preferred_precision
 
 
-def compile_variant(folder: Path, dense_int4: bool | None) -> ov.InferRequest:
+def compile_variant(folder: Path, dense_int4: bool | None) -> Stepper:
     """The model of `folder`, with its sparse layers fused unless `dense_int4` is None."""
     model = ov.Core().read_model(folder / "openvino_model.xml")
     if dense_int4 is not None:
         report = fuse(model, precision=preferred_precision(), dense_int4=dense_int4)
         print(f"{len(report.fused)} sparse and {len(report.dense)} dense layers fused")
-    return ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
-
-
-def inputs(request: ov.InferRequest, ids: np.ndarray, past: int) -> dict[str, np.ndarray]:
-    """What optimum-intel would pass for `ids` `[1, tokens]` behind `past` tokens."""
-    tokens = ids.shape[1]
-    values = {
-        "input_ids": ids,
-        "attention_mask": np.ones((1, past + tokens), np.int64),
-        "position_ids": np.arange(past, past + tokens)[None],
-        "beam_idx": np.zeros(1, np.int32),
-    }
-    names = {name for port in request.model_inputs for name in port.get_names()}
-    return {name: value for name, value in values.items() if name in names}
+    return Stepper(ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}))
 
 
 def main() -> None:
@@ -57,16 +44,13 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, prompt + arguments.steps))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.repeats):
-        requests = {name: compile_variant(*variant) for name, variant in variants.items()}
-        for request in requests.values():
-            request.infer(inputs(request, ids[:, :prompt], 0))
-        for step in range(arguments.steps):
-            names = list(variants)[step % 3 :] + list(variants)[: step % 3]
-            for name in names:
-                values = inputs(requests[name], ids[:, prompt + step : prompt + step + 1], prompt + step)
-                start = time.perf_counter()
-                requests[name].infer(values)
-                seconds[name].append(time.perf_counter() - start)
+        steppers = {name: compile_variant(*variant) for name, variant in variants.items()}
+        for step in steppers.values():
+            step(ids[:, :prompt], 0)
+        for past in range(prompt, prompt + arguments.steps):
+            first = past % len(variants)
+            for name in [*variants][first:] + [*variants][:first]:
+                seconds[name].append(steppers[name](ids[:, past : past + 1], past))
     for name, values in seconds.items():
         ratios = np.divide(seconds["dense"], values)
         low, middle, high = np.percentile(ratios, [25, 50, 75])

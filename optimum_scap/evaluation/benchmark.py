@@ -57,11 +57,10 @@ class Measurement:
     first_token_seconds: float | None = None
 
 
-class _Stepper:
-    """Feeds a stateful decoder its tokens directly, without the Python loop of `generate`."""
+class Stepper:
+    """Feeds a stateful decoder (an `openvino.CompiledModel`) its tokens directly, without `generate`'s Python loop."""
 
-    def __init__(self, model: Any) -> None:
-        compiled = model.request.get_compiled_model()
+    def __init__(self, compiled: Any) -> None:
         self._request = compiled.create_infer_request()
         self._names = {name for port in compiled.inputs for name in port.get_names()}
 
@@ -136,7 +135,7 @@ def measure(
     loaded = {name: load(folder, fast) for name, (folder, fast) in models.items()}
     behind = prompt_tokens[0]
     ids = _text(loaded, models, max(behind + new_tokens, *prompt_tokens))
-    steppers = {name: _Stepper(model) for name, model in loaded.items()}
+    steppers = {name: Stepper(model.request.get_compiled_model()) for name, model in loaded.items()}
     prefill: dict[str, dict[int, list[float]]] = {name: {length: [] for length in prompt_tokens} for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):  # the first one warms up
@@ -232,7 +231,7 @@ def _report_usage(pipe: Any, folder: Path, fast: bool) -> None:
         started = time.perf_counter()
         model = load(folder, fast)
         seconds = time.perf_counter() - started
-        _Stepper(model)(np.array([[1]], dtype=np.int64), 0)
+        Stepper(model.request.get_compiled_model())(np.array([[1]], dtype=np.int64), 0)
         first_token = time.perf_counter() - started
         unit = 1 if sys.platform == "darwin" else 1024
         pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, seconds, first_token))

@@ -225,13 +225,8 @@ struct Fold {
         }
         order_columns(v);
         for (int i = 0; i < 4; ++i) {
-            add_vector(accumulators, half, i, v[i], x_scale, sum);
+            vectors[half][i].add_to(accumulators + column_of<Type>(half, i), v[i], x_scale, sum);
         }
-    }
-
-    /// The same for ordered vector i alone, `v` being 256 * high + low.
-    SCAP_INLINE void add_vector(float* accumulators, int half, int i, Int v, float x_scale, int32_t sum) const {
-        vectors[half][i].add_to(accumulators + column_of<Type>(half, i), v, x_scale, sum);
     }
 };
 
