@@ -97,7 +97,7 @@ class _PrunedInput:
     scap_threshold: float
     # The dtype of the weights, and the threshold in it.
     _scap_dtype: torch.dtype
-    _scap_shrinkage: float
+    scap_shrinkage: float
     scap_folded_bias: Tensor | None
     _scap_folded_versions: tuple[int, ...]
     # What the block around the layer computes ahead, see `shared_input`; None where there is no such block.
@@ -119,7 +119,7 @@ class _PrunedInput:
         """
         weight = self.output_major_weight()
         self._scap_dtype = weight.dtype
-        self._scap_shrinkage = round_down(self.scap_threshold, weight.dtype)
+        self.scap_shrinkage = round_down(self.scap_threshold, weight.dtype)
         if weight.is_meta:
             self.scap_folded_bias = None
             return
@@ -153,10 +153,14 @@ class _PrunedInput:
 
     def pruned_input(self, x: Tensor) -> Tensor:
         """`x` with the mode in place of what is pruned, for the ordinary matrix product."""
-        if self.scap_mode == 0.0 and x.dtype == self._scap_dtype:
+        if self.prunes_to_zero(x):
             # One operation instead of five; a NaN is kept, and the comparison is the float32 one but for its cost.
-            return torch.hardshrink(x, self._scap_shrinkage)
+            return torch.hardshrink(x, self.scap_shrinkage)
         return prune(x, self.scap_mode, self.scap_threshold)
+
+    def prunes_to_zero(self, x: Tensor) -> bool:
+        """Whether what is pruned of `x` are the elements in [-scap_shrinkage, scap_shrinkage], and becomes zero."""
+        return self.scap_mode == 0.0 and x.dtype == self._scap_dtype
 
     def runs_dense(self, x: Tensor) -> bool:
         """Whether a forward of `x` `[..., in_features]` prunes nothing."""

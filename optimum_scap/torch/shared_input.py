@@ -79,9 +79,10 @@ class _SharedInputForward:
 
 def give_outputs(x: Tensor, layers: Sequence[Any], prune_alike: bool) -> bool:
     """Computes the outputs of `layers` for `x` together and leaves them with the layers; False if they cannot be."""
-    kind = type(layers[0])  # an adapter may have taken a layer's place since
-    if any(type(layer) is not kind or layer.scap_given is None for layer in layers):
-        return False
+    kind = type(layers[0])
+    for layer in layers:  # an adapter may have taken a layer's place since
+        if type(layer) is not kind or layer.scap_given is None:
+            return False
     if x.shape[-1:] != (layers[0].in_features,):
         return False
     if kind is SCAPLinear:

@@ -314,6 +314,41 @@ def test_gated_blocks_run_gate_and_up_together(name: str, mode: str) -> None:
     assert copy.deepcopy(block)(x).shape == x.shape
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("spec", ["up=0.3,gate=0.3,down=0.4", "up=0.3,gate=0.5,down=0.4", "up=0.3,gate=0.3"])
+@pytest.mark.parametrize("mode", ["zero", "median"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated_blocks_give_the_same_for_many_tokens(name: str, spec: str, mode: str, dtype: torch.dtype) -> None:
+    model, samples = tiny_model(name), tiny_samples(name)
+    sparsify_activations(model, SCAPConfig.from_spec(spec, mode=mode), samples)
+    block = model.to(dtype).model.layers[0].mlp
+    x = torch.randn(2, 30, block.gate_proj.in_features, dtype=dtype)
+
+    def expected() -> torch.Tensor:
+        return block.down_proj(block.act_fn(block.gate_proj(x)) * block.up_proj(x))
+
+    given = x.clone()
+    with torch.no_grad():
+        assert torch.equal(block(x), expected())
+        assert torch.equal(x, given)
+    assert torch.equal(block(x), expected())  # gradients are wanted
+    block(x).sum().backward()
+    assert all(layer.weight.grad is not None for layer in (block.gate_proj, block.up_proj, block.down_proj))
+
+
+def test_hooks_of_a_gated_block_are_called() -> None:
+    model, samples = tiny_model("llama"), tiny_samples("llama")
+    sparsify_activations(model, SCAPConfig.from_spec("up=0.3,gate=0.3,down=0.4"), samples)
+    block = model.model.layers[0].mlp
+    called: list[nn.Module] = []
+    layers = [block.gate_proj, block.up_proj, block.down_proj]
+    for layer in layers:
+        layer.register_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        block(torch.randn(2, 30, block.gate_proj.in_features))
+    assert called == layers
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "opt", "falcon"])
 def test_other_blocks_are_left_alone(name: str) -> None:
     model = tiny_model(name)
