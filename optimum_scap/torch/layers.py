@@ -142,11 +142,14 @@ class _PrunedInput:
         if given is not None and (output := given.take(x)) is not None:
             return output
         weight = self.output_major_weight()
-        if is_recorded():
-            if torch.jit.is_tracing():  # type: ignore[attr-defined]
-                return self._forward_in_exported_form(x, weight)
-        elif x.numel() <= MAX_SPARSE_ROWS * x.shape[-1] and self.runs_sparse(x):
-            return sparse_linear(x, weight, self.kernel_bias(), threshold=self.scap_threshold, mode=self.scap_mode)
+        # Many tokens are sorted out first: prefill waits for Python. A recorded size is no int.
+        size = x.numel()
+        if type(size) is not int or size <= MAX_SPARSE_ROWS * x.shape[-1]:
+            if is_recorded():
+                if torch.jit.is_tracing():  # type: ignore[attr-defined]
+                    return self._forward_in_exported_form(x, weight)
+            elif self.runs_sparse(x):
+                return sparse_linear(x, weight, self.kernel_bias(), threshold=self.scap_threshold, mode=self.scap_mode)
         if self.scap_apply_to == "decode" and self.runs_dense(x):
             return F.linear(x, weight, self.bias)
         return F.linear(self.pruned_input(x), weight, self.bias)

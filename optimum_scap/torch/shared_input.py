@@ -27,13 +27,14 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if is_recorded() or input.numel() != input.shape[-1]:
-            return F.linear(input, self.weight, self.bias)
-        given = self.scap_given
-        if given is not None and (output := given.take(input)) is not None:
-            return output
-        if self.runs_our_kernel(input):
-            return linear_group(input, [self.weight], [self.bias])[0]
+        # Many tokens are sorted out first: prefill waits for Python. A recorded size is no int.
+        size = input.numel()
+        if type(size) is int and size == self.in_features and not is_recorded():
+            given = self.scap_given
+            if given is not None and (output := given.take(input)) is not None:
+                return output
+            if self.runs_our_kernel(input):
+                return linear_group(input, [self.weight], [self.bias])[0]
         return F.linear(input, self.weight, self.bias)
 
     def runs_our_kernel(self, x: Tensor) -> bool:
@@ -56,7 +57,7 @@ class _SharedInputForward:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own."""
         x = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(x, Tensor) or is_recorded() or not self.scap_together or not self._is_worth_it(x):
+        if not self.scap_together or not isinstance(x, Tensor) or not self._is_worth_it(x) or is_recorded():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         layers = [self._modules[name] for name in self.scap_together]  # type: ignore[attr-defined]
         if not give_outputs(x, layers, self.scap_prune_alike):
@@ -69,7 +70,10 @@ class _SharedInputForward:
                 self.scap_together = ()
 
     def _is_worth_it(self, x: Tensor) -> bool:
-        return self.scap_prune_alike or x.numel() <= MAX_SPARSE_ROWS * x.shape[-1]
+        if self.scap_prune_alike:
+            return True
+        size = x.numel()
+        return type(size) is int and size <= MAX_SPARSE_ROWS * x.shape[-1]  # a recorded size is no int
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """The class is made at run time: pickle and deepcopy make it anew from the block's own."""
