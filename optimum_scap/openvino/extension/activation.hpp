@@ -63,8 +63,60 @@ SCAP_INLINE float activate(float x) {
     }
 }
 
+#if defined(SCAP_AVX512)
+/// exp(x) for x <= 0, one unit in the last place off at most: 2^n times a polynomial of degree 5 around 0.
+SCAP_INLINE __m512 exp_of_negative(__m512 x) {
+    const auto constant = [](uint32_t bits) SCAP_INLINE_LAMBDA {
+        return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits)));
+    };
+    const __m512 smallest = constant(0xc2aeac50);  // ln of the smallest normal float
+    const __mmask16 underflows = _mm512_cmp_ps_mask(x, smallest, _CMP_LT_OS);
+    x = _mm512_max_ps(x, smallest);
+    __m512 scaled = _mm512_mul_ps(x, constant(0x3fb8aa3b));  // 1 / ln 2
+    asm("" : "+v"(scaled));                                  // the compiler is not to fuse product and sum
+    const __m512 n = _mm512_roundscale_ps(_mm512_add_ps(scaled, _mm512_set1_ps(0.5f)), _MM_FROUND_TO_NEG_INF);
+    const __m512 r = _mm512_fnmadd_ps(n, constant(0x3f317218), x);  // ln 2
+    // 2^(n - 1), and twice that at the end
+    const __m512i exponent = _mm512_cvtps_epi32(_mm512_sub_ps(n, _mm512_set1_ps(1.0f)));
+    const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23);
+    __m512 p = constant(0x3c07cfce);
+    for (const uint32_t coefficient : {0x3d2b9d0du, 0x3e2aad40u, 0x3efffee3u, 0x3f7ffffbu, 0x3f800000u}) {
+        p = _mm512_fmadd_ps(p, r, constant(coefficient));
+    }
+    p = _mm512_mul_ps(p, _mm512_mask_blend_ps(underflows, _mm512_castsi512_ps(power), _mm512_setzero_ps()));
+    return _mm512_mul_ps(p, _mm512_set1_ps(2.0f));
+}
+
+/// x / (1 + exp(-x)) as OpenVINO's CPU plugin computes it on AVX-512, bit for bit: see exact.hpp.
+SCAP_INLINE __m512 silu(__m512 x) {
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    const __m512 e = exp_of_negative(_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(x), sign)));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 of_negative = _mm512_div_ps(e, _mm512_add_ps(e, one));
+    const __mmask16 is_negative = _mm512_test_epi32_mask(_mm512_castps_si512(x), sign);
+    return _mm512_mul_ps(_mm512_mask_blend_ps(is_negative, _mm512_sub_ps(one, of_negative), of_negative), x);
+}
+
+inline void silu_all(float* h, const float* up, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 inside = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
+        __m512 y = silu(_mm512_maskz_loadu_ps(inside, h + i));
+        if (up != nullptr) {
+            y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(inside, up + i));
+        }
+        _mm512_mask_storeu_ps(h + i, inside, y);
+    }
+}
+#endif
+
 template <Activation Kind>
 void activate_all(float* h, const float* up, int64_t n) {
+#if defined(SCAP_AVX512)
+    if constexpr (Kind == Activation::silu) {
+        silu_all(h, up, n);
+        return;
+    }
+#endif
     if (up == nullptr) {
         for (int64_t i = 0; i < n; ++i) {
             h[i] = activate<Kind>(h[i]);

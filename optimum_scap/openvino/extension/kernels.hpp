@@ -93,10 +93,11 @@ void with_rows(int64_t rows, const Body& body) {
     body(std::integral_constant<int, Largest>{});
 }
 
-/// y[first_column, last_column) = accumulators (summed over `parts`) * per-channel scale + bias.
+/// y[first_column, last_column) = accumulators (summed over `parts`) * per-channel scale + bias; accumulators that are
+/// scaled already stay as they are.
 inline void finish_columns(const Weights& weights, const float* accumulators, int64_t parts, int64_t part_pitch,
-                           int64_t first_column, int64_t last_column, float* y) {
-    const bool has_scale = is_quantized(weights.type) && !weights.grouped();
+                           int64_t first_column, int64_t last_column, float* y, bool is_scaled = false) {
+    const bool has_scale = is_quantized(weights.type) && !weights.grouped() && !is_scaled;
     for (int64_t column = first_column; column < last_column; column += simd::kWidth) {
         const float* at = accumulators + column - first_column;
         simd::Float value = simd::load(at);

@@ -1,21 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "linear.hpp"
 
+#include "exact.hpp"
 #include "few_rows.hpp"
 #include "many_rows.hpp"
 
 namespace scap {
 namespace {
 
-void run(const float* x, int64_t rows, Threshold threshold, const Job& job, Arena& arena) {
-    if (are_few(job, rows)) {
+/// `is_token`: the rows are one, and all that the call was given.
+void run(const float* x, int64_t rows, bool is_token, Threshold threshold, const Job& job, Arena& arena) {
+    const bool is_exact = job.precision == Precision::f32;
+    if (!is_exact && are_few(job, rows)) {
         few_rows(x, rows, threshold, job, arena);
         return;
     }
     const Arena::Mark mark = arena.mark();
     for (int64_t first = 0; first < rows; first += kRowBlock) {
         arena.rewind(mark);
-        multiply_block(x + first * job.in_features(), std::min(rows - first, kRowBlock), threshold, job, first, arena);
+        const float* at = x + first * job.in_features();
+        const int64_t n = std::min(rows - first, kRowBlock);
+        if (is_exact) {
+            exact::multiply(at, n, is_token, threshold, job, first, arena);
+        } else {
+            multiply_block(at, n, threshold, job, first, arena);
+        }
     }
 }
 
@@ -24,7 +33,7 @@ void run(const float* x, int64_t rows, Threshold threshold, const Job& job, Aren
 void sparse_linear(const float* x, int64_t rows, Threshold threshold, const std::vector<Weights>& layers,
                    Precision precision, float* const* y) {
     ArenaLease arena;
-    run(x, rows, threshold, Job{layers.data(), static_cast<int64_t>(layers.size()), precision, y}, *arena);
+    run(x, rows, rows == 1, threshold, Job{layers.data(), static_cast<int64_t>(layers.size()), precision, y}, *arena);
 }
 
 void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hidden_threshold, Activation activation,
@@ -42,7 +51,8 @@ void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hid
         for (int64_t i = 0; i < count; ++i) {
             hidden[i] = arena.take<float>(n * hidden_features);
         }
-        run(x + first * layers[0].in_features, n, threshold, Job{layers.data(), count, precision, hidden}, arena);
+        run(x + first * layers[0].in_features, n, rows == 1, threshold, Job{layers.data(), count, precision, hidden},
+            arena);
         const int64_t elements = n * hidden_features;
         const int64_t tasks = std::min(concurrency(), ceil_div(elements, kBytesPerThread));
         parallel(tasks, [&](int64_t task) {
@@ -51,7 +61,7 @@ void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hid
             apply_activation(activation, hidden[0] + begin, count == 2 ? hidden[1] + begin : nullptr, end - begin);
         });
         float* out = y + first * down.out_features;
-        run(hidden[0], n, hidden_threshold, Job{&down, 1, precision, &out}, arena);
+        run(hidden[0], n, rows == 1, hidden_threshold, Job{&down, 1, precision, &out}, arena);
     }
 }
 
