@@ -49,59 +49,88 @@ inline int64_t scaled_together(const Weights& weights) {
     return weights.type == WeightType::u4 ? std::min<int64_t>(32, weights.group_size) : 4;
 }
 
-/// The part of the kept channels that one block of sums is made of, or a part of that.
+/// The kept channels that one block of sums is made of, or a part of them, with one token's values for them.
 struct Run {
     const uint32_t* channels;
+    const float* values;
     int64_t used;
+    int64_t following;  // channels that are listed behind them
+
+    Run part(int64_t from, int64_t to) const {
+        return Run{channels + from, values + from, to - from, used - to + following};
+    }
 };
 
+/// Scales and zero points of one chunk of columns, loaded anew where another group of channels begins.
 template <WeightType Type>
-SCAP_INLINE void load_centred(const Weights& weights, int64_t channel, int64_t column,
-                              simd::Float v[floats::kVectors]) {
+struct Parameters {
+    simd::Float scales[floats::kVectors];
+    simd::Float zero_points[floats::kVectors];
+    int64_t group = -1;
+
+    SCAP_INLINE void select(const Weights& weights, int64_t channel, int64_t column) {
+        if constexpr (is_quantized(Type)) {
+            const int64_t wanted = weights.grouped() ? channel / weights.group_size : 0;
+            if (wanted == group) {
+                return;
+            }
+            group = wanted;
+            for (int i = 0; i < floats::kVectors; ++i) {
+                const int64_t at = column + i * simd::kWidth;
+                scales[i] = simd::load_scale(weights.scale_type, weights.scale_at(group, at));
+                zero_points[i] = floats::load_zero_point(weights, group, at);
+            }
+        }
+    }
+};
+
+/// q - zero_point of one channel, or its float weights.
+template <WeightType Type>
+SCAP_INLINE void load_centred(const Weights& weights, const Parameters<Type>& parameters, int64_t channel,
+                              int64_t column, simd::Float v[floats::kVectors]) {
     floats::load_chunk<Type>(weights.row(channel) + column * bits(Type) / 8, v);
     if constexpr (is_quantized(Type)) {
-        const int64_t group = channel / weights.group_size;
         for (int i = 0; i < floats::kVectors; ++i) {
-            v[i] = simd::sub(v[i], floats::load_zero_point(weights, group, column + i * simd::kWidth));
+            v[i] = simd::sub(v[i], parameters.zero_points[i]);
         }
     }
 }
 
-SCAP_INLINE simd::Float load_scale(const Weights& weights, int64_t channel, int64_t at) {
-    return simd::load_scale(weights.scale_type, weights.scale_at(channel / weights.group_size, at));
-}
-
 /// sums[column - begin] += x W of one token, `ends` being where in the run channels end that are scaled together.
 template <WeightType Type>
-void add_token(const Weights& weights, const float* x, Run run, const int64_t* ends, int64_t count, int64_t begin,
-               int64_t end, float* sums) {
+void add_token(const Weights& weights, Run run, const int64_t* ends, int64_t count, int64_t begin, int64_t end,
+               float* sums) {
+    constexpr int64_t kPrefetchBytes = 256;
     for (int64_t column = begin; column < end; column += floats::kChunk) {
         simd::Float total[floats::kVectors];
         for (int i = 0; i < floats::kVectors; ++i) {
             total[i] = simd::load(sums + column - begin + i * simd::kWidth);
         }
+        const int64_t byte = column * bits(Type) / 8;
+        // Row k of this run is followed, past its end, by row k of the next one.
+        const int64_t past = byte + kPrefetchBytes - end * bits(Type) / 8;
+        Parameters<Type> parameters;
         for (int64_t part = 0, k = 0; part < count; ++part) {
-            const int64_t first = run.channels[k];
+            parameters.select(weights, run.channels[k], column);
             simd::Float products[floats::kVectors];
             for (int i = 0; i < floats::kVectors; ++i) {
                 products[i] = is_quantized(Type) ? simd::set1(0.0f) : total[i];
             }
             for (; k < ends[part]; ++k) {
-                prefetch(weights.row(run.channels[k]) + column * bits(Type) / 8 + 256);
+                if (past < 0) {
+                    prefetch(weights.row(run.channels[k]) + byte + kPrefetchBytes);
+                } else if (k < run.following) {
+                    prefetch(weights.row(run.channels[k + run.used]) + begin * bits(Type) / 8 + past);
+                }
                 simd::Float w[floats::kVectors];
-                load_centred<Type>(weights, run.channels[k], column, w);
-                const simd::Float value = simd::set1(x[run.channels[k]]);
+                load_centred<Type>(weights, parameters, run.channels[k], column, w);
+                const simd::Float value = simd::set1(run.values[k]);
                 for (int i = 0; i < floats::kVectors; ++i) {
                     products[i] = simd::fma(value, w[i], products[i]);
                 }
             }
             for (int i = 0; i < floats::kVectors; ++i) {
-                if constexpr (is_quantized(Type)) {
-                    const simd::Float scale = load_scale(weights, first, column + i * simd::kWidth);
-                    total[i] = simd::fma(products[i], scale, total[i]);
-                } else {
-                    total[i] = products[i];
-                }
+                total[i] = is_quantized(Type) ? simd::fma(products[i], parameters.scales[i], total[i]) : products[i];
             }
         }
         for (int i = 0; i < floats::kVectors; ++i) {
@@ -115,12 +144,14 @@ template <WeightType Type>
 void add_rows(const Weights& weights, const float* x, int64_t rows, Run run, int64_t begin, int64_t end, float* chunk,
               float* sums, int64_t pitch) {
     for (int64_t column = begin; column < end; column += floats::kChunk) {
+        Parameters<Type> parameters;
         for (int64_t k = 0; k < run.used; ++k) {
+            parameters.select(weights, run.channels[k], column);
             simd::Float w[floats::kVectors];
-            load_centred<Type>(weights, run.channels[k], column, w);
+            load_centred<Type>(weights, parameters, run.channels[k], column, w);
             for (int i = 0; i < floats::kVectors; ++i) {
                 if constexpr (is_quantized(Type)) {
-                    w[i] = simd::mul(w[i], load_scale(weights, run.channels[k], column + i * simd::kWidth));
+                    w[i] = simd::mul(w[i], parameters.scales[i]);
                 }
                 simd::store(chunk + k * floats::kChunk + i * simd::kWidth, w[i]);
             }
@@ -140,53 +171,62 @@ void add_rows(const Weights& weights, const float* x, int64_t rows, Run run, int
     }
 }
 
-/// Adds one block of sums up, `run` being its kept channels.
+/// Adds one block of sums of one token up, `run` being its kept channels.
 template <WeightType Type>
-void add_block(const Weights& weights, const float* x, int64_t rows, bool is_token, int64_t block_begin, Run run,
-               int64_t begin, int64_t end, float* chunk, float* sums, int64_t pitch) {
-    if (!is_token) {
-        for (int64_t k = 0; k < run.used; k += kPanelRows) {
-            const Run part{run.channels + k, std::min(run.used - k, kPanelRows)};
-            add_rows<Type>(weights, x, rows, part, begin, end, chunk, sums, pitch);
-        }
-        return;
-    }
+void add_token_block(const Weights& weights, int64_t block_begin, Run run, int64_t begin, int64_t end, float* sums) {
     const int64_t together = scaled_together(weights);
     int64_t ends[kTokenPanelRows];
     int64_t count = 0;
-    int64_t panel = 0;
-    const auto flush = [&](int64_t until) {
-        add_token<Type>(weights, x, Run{run.channels + panel, until - panel}, ends, count, begin, end, sums);
-        panel = until;
+    int64_t first = 0;
+    const auto flush = [&](int64_t last) {
+        add_token<Type>(weights, run.part(first, last), ends, count, begin, end, sums);
+        first = last;
         count = 0;
     };
     for (int64_t k = 0; k < run.used;) {
-        const int64_t group = run.channels[k] / weights.group_size;
-        const int64_t last = std::min(block_begin + ((run.channels[k] - block_begin) / together + 1) * together,
-                                      (group + 1) * weights.group_size);
+        const int64_t channel = run.channels[k];
+        const int64_t limit = std::min(block_begin + ((channel - block_begin) / together + 1) * together,
+                                       (channel / weights.group_size + 1) * weights.group_size);
         int64_t next = k + 1;
-        while (next < run.used && run.channels[next] < last) {
+        while (next < run.used && run.channels[next] < limit) {
             ++next;
         }
-        if (count > 0 && next - panel > kTokenPanelRows) {
+        if (next - first > kTokenPanelRows) {
             flush(k);
         }
-        ends[count++] = next - panel;
+        ends[count++] = next - first;
         k = next;
     }
     flush(run.used);
+}
+
+/// The same for several tokens.
+template <WeightType Type>
+void add_rows_block(const Weights& weights, const float* x, int64_t rows, Run run, int64_t begin, int64_t end,
+                    float* chunk, float* sums, int64_t pitch) {
+    for (int64_t k = 0; k < run.used; k += kPanelRows) {
+        add_rows<Type>(weights, x, rows, run.part(k, std::min(k + kPanelRows, run.used)), begin, end, chunk, sums,
+                       pitch);
+    }
 }
 
 /// At most kRowBlock of the rows of a call; `is_token`: the call has no other.
 inline void multiply(const float* x, int64_t rows, bool is_token, Threshold threshold, const Job& job,
                      int64_t first_row, Arena& arena) {
     constexpr int64_t kTaskFloats = 32 << 10;
-    const MaskedRows masked = mask_rows(x, rows, job.in_features(), threshold, arena);
+    MaskedRows kept{};
+    if (is_token) {
+        kept.channels = arena.take<uint32_t>(job.in_features() + 16);
+        kept.largest = arena.take<float>(job.in_features() + 16);
+        kept.kept = select_channels(x, job.in_features(), threshold, kept.channels, kept.largest);
+    } else {
+        kept = mask_rows(x, rows, job.in_features(), threshold, arena);
+    }
     for (int64_t i = 0; i < job.count; ++i) {
         const Weights& weights = job.layers[i];
         const Arena::Mark mark = arena.mark();
         const int64_t workers =
-            std::max<int64_t>(std::min(concurrency(), masked.kept * weights.row_bytes() / kBytesPerThread), 1);
+            std::max<int64_t>(std::min(concurrency(), kept.kept * weights.row_bytes() / kBytesPerThread), 1);
         const int64_t slices = round_up(ceil_div(rows * weights.padded_out(), kTaskFloats), workers);
         const int64_t width = round_up(ceil_div(weights.padded_out(), slices), kColumnUnit);
         const int64_t pitch = width + kColumnUnit;
@@ -199,16 +239,21 @@ inline void multiply(const float* x, int64_t rows, bool is_token, Threshold thre
             float* total = all_sums + worker * 2 * rows * pitch;
             float* sums = total + rows * pitch;
             std::fill(total, total + rows * pitch, 0.0f);
-            for (int64_t k = 0; k < masked.kept;) {
-                const int64_t channel = masked.channels[k];
-                const int64_t last = block_end(weights, block, channel);
+            for (int64_t k = 0; k < kept.kept;) {
+                const int64_t channel = kept.channels[k];
+                uint32_t* last = kept.channels + kept.kept;
                 const int64_t next =
-                    std::lower_bound(masked.channels + k, masked.channels + masked.kept, last) - masked.channels;
+                    std::lower_bound(kept.channels + k, last, block_end(weights, block, channel)) - kept.channels;
+                const Run run{kept.channels + k, kept.largest + k, next - k, kept.kept - next};
                 std::fill(sums, sums + rows * pitch, 0.0f);
                 with_type(weights.type, [&](auto tag) {
-                    add_block<decltype(tag)::value>(weights, masked.x, rows, is_token, channel / block * block,
-                                                    Run{masked.channels + k, next - k}, begin, end,
-                                                    chunks + worker * kPanelRows * floats::kChunk, sums, pitch);
+                    constexpr WeightType kType = decltype(tag)::value;
+                    if (is_token) {
+                        add_token_block<kType>(weights, channel / block * block, run, begin, end, sums);
+                    } else {
+                        add_rows_block<kType>(weights, kept.x, rows, run, begin, end,
+                                              chunks + worker * kPanelRows * floats::kChunk, sums, pitch);
+                    }
                 });
                 for (int64_t n = 0; n < rows * pitch; ++n) {
                     total[n] += sums[n];
