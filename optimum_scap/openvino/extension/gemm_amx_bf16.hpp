@@ -125,11 +125,13 @@ SCAP_INLINE void multiply_pairs(const uint16_t* x, const uint16_t* x_second, con
     _tile_dpbf16ps(3, 5, 7);
 }
 
-/// c[m][n - first_column] += x W for all rows and the columns from first_column up to last_column, rounded up to 32.
-/// `split` adds the products with the rounding errors. c holds round_up(rows, 32) rows.
+/// c[m][n - first_column] += x W for `rows` rows from first_row (a multiple of 32) on and the columns from first_column
+/// up to last_column, rounded up to 32. `split` adds the products with the rounding errors. c holds round_up(rows, 32)
+/// rows.
 template <WeightType Type>
-void gemm_bf16(const Weights& weights, const Panels& panels, const Bf16Activations& x, int64_t rows,
-               int64_t first_column, int64_t last_column, bool split, uint8_t* scratch, float* c, int64_t c_pitch) {
+void gemm_bf16(const Weights& weights, const Panels& panels, const Bf16Activations& x, int64_t first_row,
+               int64_t rows, int64_t first_column, int64_t last_column, bool split, uint8_t* scratch, float* c,
+               int64_t c_pitch) {
     const TileScope tiles(kTileRows);
     const int64_t pitch = c_pitch * static_cast<int64_t>(sizeof(float));
     for (int64_t p = 0; p < panels.count; ++p) {
@@ -144,7 +146,7 @@ void gemm_bf16(const Weights& weights, const Panels& panels, const Bf16Activatio
                 _tile_loadd(1, at + 16, pitch);
                 _tile_loadd(2, at + kTileRows * c_pitch, pitch);
                 _tile_loadd(3, at + kTileRows * c_pitch + 16, pitch);
-                const uint16_t* x_tiles = x.tiles + x.panel_tiles[p] + block * depth * 2;
+                const uint16_t* x_tiles = x.tiles + x.panel_tiles[p] + (first_row + block) * depth * 2;
                 const int64_t second = kTileRows * depth * 2;
                 for (int64_t k = 0; k < depth; k += kPairDepth) {
                     const uint16_t* rounded = x_tiles + k * 2 * kTileRows;

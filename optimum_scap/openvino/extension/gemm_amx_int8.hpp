@@ -53,7 +53,7 @@ void gemm(const Weights& weights, const Panels& panels, const vnni::Int8Activati
             const int64_t column = byte * 8 / bits(Type);
             const vnni::Fold<Type> fold(weights, panel.group, first_column + column);
             for (int64_t block = 0; block < rows; block += kTileRows) {
-                const int8_t* x_tiles = x.tiles + x.panel_tiles[p] + block * depth * 2;
+                const int8_t* x_tiles = x.tiles_at(panels, p, block);
                 for (int half = 0; half < kHalves; ++half) {
                     const uint8_t* w = packed + half * 4 * depth * 16;
                     multiply_tiles(x_tiles, w, depth, sums, 1024);
@@ -64,7 +64,7 @@ void gemm(const Weights& weights, const Panels& panels, const vnni::Int8Activati
                             high[i] = _mm512_load_si512(sums + i * 256 + m * 16);
                             low[i] = _mm512_load_si512(sums + 1024 + i * 256 + m * 16);
                         }
-                        const int64_t at = p * x.padded_rows + block + m;
+                        const int64_t at = x.row_at(p, block + m);
                         fold.add_to(c + (block + m) * c_pitch + column, half, high, low, x.scales[at], x.sums[at]);
                     }
                 }

@@ -22,6 +22,20 @@ struct Int8Activations {
     float* scales = nullptr;         // [panel][padded rows]
     int32_t* sums = nullptr;         // [panel][padded rows], of the integers
     int64_t padded_rows = 0;
+    int64_t first_row = 0;
+
+    /// The same without the rows before `row`, a multiple of kTileRows.
+    Int8Activations from_row(int64_t row) const {
+        Int8Activations result = *this;
+        result.first_row += row;
+        return result;
+    }
+    const int8_t* tiles_at(const Panels& panels, int64_t p, int64_t row) const {
+        return tiles + panel_tiles[p] + (first_row + row) * round_up(panels.items[p].used, kDepth) * 2;
+    }
+    int64_t row_at(int64_t p, int64_t row) const {  // in `scales` and `sums`
+        return p * padded_rows + first_row + row;
+    }
 };
 
 inline Int8Activations allocate_int8(const Panels& panels, int64_t rows, Arena& arena) {
@@ -281,13 +295,13 @@ void gemm(const Weights& weights, const Panels& panels, const Int8Activations& x
                 }
             }
             for (int64_t block = 0; block < rows; block += kTileRows) {
-                const int8_t* tiles = x.tiles + x.panel_tiles[p] + block * depth * 2;
+                const int8_t* tiles = x.tiles_at(panels, p, block);
                 const int64_t block_rows = std::min(rows - block, kTileRows);
                 const int64_t block_steps = ceil_div(block_rows, kStepRows);
                 for (int64_t step = 0; step < block_steps; ++step) {
                     const int64_t m = block_rows * step / block_steps;
                     const int64_t count = block_rows * (step + 1) / block_steps - m;
-                    const int64_t at = p * x.padded_rows + block + m;
+                    const int64_t at = x.row_at(p, block + m);
                     float* row = c + (block + m) * c_pitch + column;
                     for (int half = 0; half < kHalves; ++half) {
                         for (int i = 0; i < 4; i += kStepVectors) {

@@ -47,6 +47,11 @@ inline Kernel rows_kernel(const Weights& weights, Precision precision) {
     return decode_kernel(weights, precision);
 }
 
+/// Column ranges of many rows start at multiples of this: what the kernel multiplies at once.
+inline int64_t column_unit(const Weights& weights, Kernel kernel) {
+    return kernel == Kernel::int8 && weights.type == WeightType::u8 ? kColumnUnit / 2 : kColumnUnit;
+}
+
 /// How many channels of many rows share one scale per row: the more, the less often sums are folded.
 inline int64_t rows_panel_height(Kernel kernel, int64_t rows) {
     if (kernel != Kernel::int8) {

@@ -23,7 +23,7 @@ void run(const float* x, int64_t rows, bool is_token, Threshold threshold, const
         if (is_exact) {
             exact::multiply(at, n, is_token, threshold, job, first, arena);
         } else {
-            multiply_block(at, n, threshold, job, first, arena);
+            many_rows(mask_rows(at, n, job.in_features(), threshold, arena), n, job, first, arena);
         }
     }
 }
@@ -48,11 +48,20 @@ void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hid
         const int64_t n = std::min(rows - first, kRowBlock);
         arena.rewind(mark);
         float* hidden[2] = {nullptr, nullptr};
+        const Job first_job{layers.data(), count, precision, hidden};
+        float* out = y + first * down.out_features;
+        const Job down_job{&down, 1, precision, &out};
+        const float* at = x + first * layers[0].in_features;
+        if (precision != Precision::f32 && !are_few(first_job, n) && !are_few(down_job, n)) {
+            const MaskedRows kept =
+                hidden_rows(at, n, threshold, hidden_threshold, activation, first_job, arena);
+            many_rows(kept, n, down_job, 0, arena);
+            continue;
+        }
         for (int64_t i = 0; i < count; ++i) {
             hidden[i] = arena.take<float>(n * hidden_features);
         }
-        run(x + first * layers[0].in_features, n, rows == 1, threshold, Job{layers.data(), count, precision, hidden},
-            arena);
+        run(at, n, rows == 1, threshold, first_job, arena);
         const int64_t elements = n * hidden_features;
         const int64_t tasks = std::min(concurrency(), ceil_div(elements, kBytesPerThread));
         parallel(tasks, [&](int64_t task) {
@@ -60,8 +69,7 @@ void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hid
             const int64_t end = elements * (task + 1) / tasks;
             apply_activation(activation, hidden[0] + begin, count == 2 ? hidden[1] + begin : nullptr, end - begin);
         });
-        float* out = y + first * down.out_features;
-        run(hidden[0], n, rows == 1, hidden_threshold, Job{&down, 1, precision, &out}, arena);
+        run(hidden[0], n, rows == 1, hidden_threshold, down_job, arena);
     }
 }
 

@@ -30,11 +30,26 @@ struct MaskedRows {
     int64_t kept;
 };
 
+/// Lists the channels whose magnitudes [parts][in] are not all 0.
+inline void list_kept(const uint32_t* magnitudes, int64_t parts, int64_t in_features, Arena& arena,
+                      MaskedRows& result) {
+    result.channels = arena.take<uint32_t>(in_features);
+    result.largest = arena.take<float>(in_features);
+    result.kept = 0;
+    for (int64_t i = 0; i < in_features; ++i) {
+        uint32_t largest = 0;
+        for (int64_t part = 0; part < parts; ++part) {
+            largest = std::max(largest, magnitudes[part * in_features + i]);
+        }
+        result.channels[result.kept] = static_cast<uint32_t>(i);
+        result.largest[result.kept] = bits_float(largest);
+        result.kept += largest != 0;
+    }
+}
+
 inline MaskedRows mask_rows(const float* x, int64_t rows, int64_t in_features, Threshold threshold, Arena& arena) {
     MaskedRows result;
     result.x = arena.take<float>(rows * in_features);
-    result.channels = arena.take<uint32_t>(in_features);
-    result.largest = arena.take<float>(in_features);
     const int64_t tasks = std::min(concurrency(), ceil_div(rows * in_features, kBytesPerThread));
     auto* magnitudes = arena.take<uint32_t>(tasks * in_features);
     parallel(tasks, [&](int64_t task) {
@@ -44,16 +59,7 @@ inline MaskedRows mask_rows(const float* x, int64_t rows, int64_t in_features, T
             mask_channels(x + m * in_features, in_features, threshold, result.x + m * in_features, own);
         }
     });
-    result.kept = 0;
-    for (int64_t i = 0; i < in_features; ++i) {
-        uint32_t largest = 0;
-        for (int64_t task = 0; task < tasks; ++task) {
-            largest = std::max(largest, magnitudes[task * in_features + i]);
-        }
-        result.channels[result.kept] = static_cast<uint32_t>(i);
-        result.largest[result.kept] = bits_float(largest);
-        result.kept += largest != 0;
-    }
+    list_kept(magnitudes, tasks, in_features, arena, result);
     return result;
 }
 

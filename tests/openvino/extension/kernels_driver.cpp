@@ -119,6 +119,29 @@ double relative_error(const Layer& layer, const std::vector<float>& x, int64_t r
     return worst / largest;
 }
 
+/// Whether the whole FFN gives, bit for bit, what its layers give one by one.
+bool is_composition(const Layer& gate, const Layer& up, const Layer& down, int64_t rows, std::mt19937& random) {
+    const int64_t in = gate.weights.in_features, hidden = gate.weights.out_features;
+    const Threshold t{0.1f, 0.3f}, hidden_t{0.05f, 0.2f};
+    std::normal_distribution<float> normal;
+    std::vector<float> x(static_cast<size_t>(rows * in)), h(static_cast<size_t>(rows * hidden)), u(h.size());
+    for (float& value : x) {
+        value = normal(random);
+    }
+    std::vector<float> expected(static_cast<size_t>(rows * down.weights.out_features)), y(expected.size());
+    for (int64_t first = 0; first < rows; first += 256) {  // as many rows as share what is pruned altogether
+        const int64_t n = std::min<int64_t>(rows - first, 256);
+        float* hu[] = {h.data(), u.data()};
+        sparse_linear(x.data() + first * in, n, t, {gate.weights, up.weights}, Precision::split, hu);
+        apply_activation(Activation::silu, h.data(), u.data(), n * hidden);
+        float* out = expected.data() + first * down.weights.out_features;
+        sparse_linear(h.data(), n, hidden_t, {down.weights}, Precision::split, &out);
+    }
+    sparse_ffn(x.data(), rows, t, hidden_t, Activation::silu, {gate.weights, up.weights, down.weights},
+               Precision::split, y.data());
+    return y == expected;
+}
+
 int run(uint32_t seed) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
@@ -151,8 +174,16 @@ int run(uint32_t seed) {
                     }
                 }
             }
-            // The FFN and the float fallback: only that they touch nothing they must not.
             const Layer down = make_layer(type, out, in, group, true, random);
+            const Layer up = make_layer(WeightType::u8, in, out, group, false, random);
+            for (const int64_t rows : {1, 5, 20, 100, 270}) {
+                if (!is_composition(a, up, down, rows, random)) {
+                    std::printf("type %d in %ld out %ld rows %ld: the FFN is not that of its layers\n", int(type),
+                                long(in), long(out), long(rows));
+                    ++failures;
+                }
+            }
+            // The float fallback: only that it touches nothing it must not.
             std::vector<float> x(static_cast<size_t>(3 * in), 1.0f), y(static_cast<size_t>(3 * in));
             x.back() = INFINITY;
             for (const int64_t rows : {1, 3}) {
