@@ -146,13 +146,9 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
     }
 }
 
-/// Whether few_rows is the fastest for this many rows: float kernels read the weights once for every row, and tiles
-/// multiply faster than weights can be read.
+/// Whether few_rows is the fastest for this many rows: float kernels read the weights once for every row.
 inline bool are_few(const Job& job, int64_t rows) {
     bool few = rows <= kFewRows;
-#if defined(SCAP_AMX)
-    few = few && !amx::available();
-#endif
     for (int64_t i = 0; i < job.count; ++i) {
         few = few && decode_kernel(job.layers[i], job.precision) == Kernel::int8;
     }

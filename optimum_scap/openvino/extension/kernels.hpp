@@ -53,18 +53,8 @@ inline int64_t column_unit(const Weights& weights, Kernel kernel) {
 }
 
 /// How many channels of many rows share one scale per row: the more, the less often sums are folded.
-inline int64_t rows_panel_height(Kernel kernel, int64_t rows) {
-    if (kernel != Kernel::int8) {
-        return kFloatPanelRows;
-    }
-    int64_t height = kMaxQuantizedRows;
-#if defined(SCAP_AMX)
-    if (amx::available() && rows <= 8) {  // which wait for memory, and short panels read best
-        height = 64;
-    }
-#endif
-    (void)rows;
-    return height;
+inline int64_t rows_panel_height(Kernel kernel) {
+    return kernel == Kernel::int8 ? kMaxQuantizedRows : kFloatPanelRows;
 }
 
 template <WeightType Type>

@@ -24,7 +24,7 @@ inline RowsInput prepare_rows(const MaskedRows& masked, int64_t rows, const Weig
     input.kernel = rows_kernel(weights, precision);
     const auto cut = [&] {
         input.panels = make_panels(masked.channels, masked.largest, masked.kept, weights,
-                                   rows_panel_height(input.kernel, rows), arena);
+                                   rows_panel_height(input.kernel), arena);
     };
     cut();
     // Every task fills a block of rows, and says whether the kernel can represent them.
