@@ -9,6 +9,7 @@ from ..errors import SCAPError
 from ..parameters import checkpoint_parameters
 from .errors import errors_for_humans
 from .flags import add_scap_flags, check_scap_is_given, what_to_apply
+from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 
 
@@ -67,7 +68,7 @@ def _export_sparse(command: Any, export: Any) -> None:
             check_dataset_name(what.dataset)
         if args.task == "auto" and Path(args.model).is_dir():
             args.task = infer_task(args.model, args.trust_remote_code)
-        with staged_output(output) as staging:
+        with parameters_kept(args, what) as keep, staged_output(output) as staging:
             args.output = staging
             export(command)
             sparsify_folder(
@@ -78,6 +79,7 @@ def _export_sparse(command: Any, export: Any) -> None:
                 library=args.library,
                 trust_remote_code=args.trust_remote_code,
                 tokenizer=args.model,
+                on_calibrated=keep,
             )
             library = fuse_folder(staging, staging) if args.scap_fused else None
     if library is not None:

@@ -8,6 +8,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from ..config import SCAPConfig
 from .errors import errors_for_humans
 from .flags import add_scap_flags, what_to_apply
+from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 
 
@@ -46,7 +47,7 @@ class TorchExportCommand(BaseOptimumCLICommand):
             if isinstance(what, SCAPConfig):
                 check_dataset_name(what.dataset)
             given = {"cache_dir": args.cache_dir, "revision": args.revision}
-            with staged_output(args.output) as staging:
+            with parameters_kept(args, what) as keep, staged_output(args.output) as staging:
                 export_checkpoint(
                     args.model,
                     staging,
@@ -56,5 +57,6 @@ class TorchExportCommand(BaseOptimumCLICommand):
                     device=args.device,
                     trust_remote_code=args.trust_remote_code,
                     options={name: value for name, value in given.items() if value is not None},
+                    on_calibrated=keep,
                 )
         print(f"SCAP model written to {args.output}")

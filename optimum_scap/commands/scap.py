@@ -13,6 +13,7 @@ from ..parameters import SCAPParameters
 from .errors import errors_for_humans
 from .export import print_fused
 from .flags import add_scap_flags, what_to_apply
+from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 from .tune import SCAPTuneCommand
 
@@ -45,10 +46,10 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
             from ..openvino.folder import check_folder, sparsify_folder
 
             check_folder(args.model)
-            check_output_is_not_model(args.output, args.model)
+            check_output_is_not_model(args.output, args.model, copied=True)
             if isinstance(what, SCAPConfig):
                 check_dataset_name(what.dataset)
-            with staged_output(args.output) as staging:
+            with parameters_kept(args, what) as keep, staged_output(args.output) as staging:
                 sparsify_folder(
                     args.model,
                     staging,
@@ -56,6 +57,7 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
                     task=args.task,
                     library=args.library,
                     trust_remote_code=args.trust_remote_code,
+                    on_calibrated=keep,
                 )
         print(f"SCAP model written to {args.output}")
 
@@ -111,7 +113,7 @@ class SCAPFuseCommand(BaseOptimumCLICommand):
             from ..openvino.folder import fuse_folder, read_folder_parameters
 
             read_folder_parameters(args.model)
-            check_output_is_not_model(args.output, args.model)
+            check_output_is_not_model(args.output, args.model, copied=True)
             with staged_output(args.output) as staging:
                 library = fuse_folder(args.model, staging)
         print_fused(args.output, library)

@@ -1,33 +1,42 @@
-"""An output folder that appears complete or not at all."""
+"""An output folder that appears complete or not at all, and that replaces nothing but what an earlier run wrote.
 
+What a run writes grows in `.OUT.scap-*` beside OUT, under a lock that ends with the process. When it is complete it
+gets a record of its files and takes OUT's place in one step. An OUT that is there already is replaced if its record
+accounts for every file in it.
+"""
+
+import atexit
 import glob
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from ..disk import DiskFullError, is_disk_full
 from ..errors import SCAPError, first_line
+from .exchange import exchange
+from .record import RECORD, unaccounted, write_record
+from .signals import signals_as_exceptions, signals_deferred
 
 
-# Besides model files, what marks a folder as an earlier export that may be replaced.
-_EXPORT_MARKS = ("openvino_*.xml", "*.xml", "config.json")
+_LOCK = ".optimum_scap.lock"
 
 
 def check_output(output: Path) -> None:
-    """Checks that `output` can become an exported folder: it is absent, empty, or holds an earlier export.
+    """Checks that `output` can become an exported folder: it is absent, empty, or what an earlier run wrote.
 
     Raises:
         SCAPError: otherwise.
     """
     if output.is_dir():
-        content = list(output.iterdir())
-        if content and not any(next(output.glob(mark), None) for mark in _EXPORT_MARKS):
-            raise SCAPError(f"output folder {output} holds files that are no exported model; choose another folder")
-        if output.resolve() == Path.cwd():
-            raise SCAPError(f"output folder {output} is the current folder, which cannot be replaced; choose another")
+        _check_is_ours(output, output)
+        here = Path.cwd()
+        if output.resolve() in (here, *here.parents):
+            raise SCAPError(f"output folder {output} is, or is around, the current folder; choose another")
     elif output.exists():
         raise SCAPError(f"output {output} exists and is not a folder")
     parent = _existing_parent(output)
@@ -37,8 +46,10 @@ def check_output(output: Path) -> None:
         raise SCAPError(f"output {output} cannot be created: no permission to write in {parent}")
 
 
-def check_output_is_not_model(output: Path, model: str | Path) -> None:
+def check_output_is_not_model(output: Path, model: str | Path, *, copied: bool = False) -> None:
     """Checks that `output`, which is replaced as a whole, is neither the model folder nor around it.
+
+    `copied` says that the model folder is copied as a whole, so that `output` cannot be inside it either.
 
     Raises:
         SCAPError: otherwise.
@@ -50,6 +61,8 @@ def check_output_is_not_model(output: Path, model: str | Path) -> None:
         raise SCAPError(f"output folder {output} is the model folder itself; choose another")
     if target in source.parents:
         raise SCAPError(f"output folder {output} holds the model folder {model}; choose another")
+    if copied and source in target.parents:
+        raise SCAPError(f"output folder {output} is inside the model folder {model}, which is copied; choose another")
 
 
 @contextmanager
@@ -57,56 +70,167 @@ def staged_output(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends well and is removed when not.
 
     An earlier export in `output` is replaced whole; of a link, what it points to. Folders that killed processes left
-    behind are removed.
+    behind are removed. SIGINT, SIGTERM and SIGHUP end the block as exceptions, and wait while folders change places.
+
+    Raises:
+        SCAPError: if `output` cannot be written or replaced, or the disk is full.
     """
     check_output(output)
-    output = output.resolve()
-    prefix = f".{output.name}.scap-"
-    for stale in output.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _is_alive(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    created: list[Path] = []
-    try:
-        _create_parents(output.parent, created)
-        staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=output.parent))
-    except OSError as error:
-        _remove(created)
-        raise SCAPError(f"output {output} cannot be created: {first_line(error)}") from error
-    complete = staging / "complete"
-    complete.mkdir()
-    try:
-        with _terminate_as_exception():
-            yield complete
-        _swap(complete, output, staging / "replaced")
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove(created)
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = _Staging(output.resolve())
+    written = False
+    with signals_as_exceptions():
+        try:
+            with signals_deferred():
+                staging.create()
+            yield staging.complete
+            write_record(staging.complete)
+            with signals_deferred(f"{output} was written"):
+                staging.take_place()
+                written = True
+                staging.delete()
+        except BaseException as error:
+            if written:  # a signal that waited
+                raise
+            full = None
+            if is_disk_full(error, output):  # before what was staged makes space again
+                full = DiskFullError(output.parent, getattr(error, "needed", None))
+            staging.abandon()
+            if full is not None:
+                raise full from error
+            raise
 
 
-def _swap(complete: Path, output: Path, replaced: Path) -> None:
-    if output.exists():
-        output.rename(replaced)
-    try:
-        complete.rename(output)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(output)
-        raise
+class _Staging:
+    """The folder `.OUT.scap-*` beside `output`: the new export in `complete`, and a lock for as long as it is used."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._parents: list[Path] = []
+        self._folder: Path | None = None
+        self._lock: FileLock | None = None
+
+    @property
+    def complete(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "complete"
+
+    def create(self) -> None:
+        try:
+            self._create_parents()
+            _clean_up_after_killed(self._output)
+            while self._lock is None:
+                self._folder = Path(tempfile.mkdtemp(prefix=f".{self._output.name}.scap-", dir=self._output.parent))
+                with suppress(FileNotFoundError):  # another run took the empty folder for one left behind
+                    self._lock = _locked(self._folder)
+            self.complete.mkdir()
+            # For a signal at a moment when no block is there to be ended: while one begins or is over.
+            atexit.register(self.abandon)
+        except OSError as error:
+            raise SCAPError(f"output {self._output} cannot be created: {first_line(error)}") from error
+
+    def take_place(self) -> None:
+        """Puts `complete` where `output` is.
+
+        Where the file system can exchange folders there is a whole one in that place at every moment; where it cannot,
+        `replaced` holds the old one in between.
+        """
+        assert self._folder is not None
+        output, old = self._output, self.complete
+        if not output.exists() or not any(output.iterdir()):
+            self.complete.rename(output)
+            return
+        if not exchange(self.complete, output):
+            old = self._folder / "replaced"
+            output.rename(old)
+            try:
+                self.complete.rename(output)
+            except OSError:
+                old.rename(output)
+                raise
+        try:
+            _check_is_ours(old, output)  # somebody may have put a file there since the run began
+        except SCAPError:
+            if old == self.complete:
+                exchange(self.complete, output)
+            else:
+                output.rename(self.complete)
+                old.rename(output)
+            raise
+
+    def delete(self) -> None:
+        """Deletes the folder with what is still in it."""
+        atexit.unregister(self.abandon)
+        if self._folder is not None and self._lock is not None:
+            _delete(self._folder, self._lock)
+
+    def abandon(self) -> None:
+        """Deletes the folder, and those above it that were made for the output."""
+        with signals_deferred():
+            self.delete()
+            for folder in reversed(self._parents):
+                with suppress(OSError):  # another process may have put something there
+                    folder.rmdir()
+
+    def _create_parents(self) -> None:
+        missing = []
+        folder = self._output.parent
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._parents.append(parent)
 
 
-def _is_alive(staging: Path) -> bool:
-    pid = staging.name.rpartition(".scap-")[2].partition("-")[0]
-    if not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def _check_is_ours(folder: Path, name: Path) -> None:
+    """Checks that an earlier run wrote everything in `folder`, which is called `name` in the message."""
+    foreign = unaccounted(folder)
+    if foreign is not None:
+        raise SCAPError(
+            f"output folder {name} is not replaced: {foreign}; choose another folder, or move what you want to keep "
+            "and delete the rest"
+        )
+
+
+def _locked(staging: Path) -> FileLock:
+    """The lock of a staging folder. The system gives it back when the process ends, however it ends."""
+    lock = FileLock(staging / _LOCK)
+    lock.acquire(blocking=False)
+    return lock
+
+
+def _clean_up_after_killed(output: Path) -> None:
+    """Removes the staging folders of `output` whose processes are gone; puts an old export back that one had moved."""
+    for staging in output.parent.glob(f".{glob.escape(output.name)}.scap-*"):
+        if staging.is_symlink() or not staging.is_dir():
+            continue
+        if not (staging / _LOCK).is_file():
+            with suppress(OSError):
+                if all(path.name.startswith(_LOCK) for path in staging.iterdir()):  # killed while it made its lock
+                    shutil.rmtree(staging)
+            continue
+        try:
+            lock = _locked(staging)
+        except (Timeout, OSError, NotImplementedError):  # its process lives, or nobody can tell
+            continue
+        if (staging / "replaced").exists() and not output.exists():
+            (staging / "replaced").rename(output)
+        _delete(staging, lock)
+
+
+def _delete(staging: Path, lock: FileLock) -> None:
+    """Deletes a staging folder, unless there is an old export in it that holds more than was written."""
+    parts = [staging / "complete", staging / "replaced"]
+    if any((part / RECORD).exists() and unaccounted(part) is not None for part in parts):
+        lock.release()
+        return
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+    # The lock goes last: a process that is killed here leaves what the next one knows as its own.
+    (staging / _LOCK).unlink(missing_ok=True)
+    lock.release()
+    with suppress(OSError):  # a part that could not be deleted
+        staging.rmdir()
 
 
 def _existing_parent(path: Path) -> Path:
@@ -114,37 +238,3 @@ def _existing_parent(path: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     return parent
-
-
-def _create_parents(folder: Path, created: list[Path]) -> None:
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    for parent in reversed(missing):
-        parent.mkdir()
-        created.append(parent)
-
-
-def _remove(created: list[Path]) -> None:
-    for folder in reversed(created):
-        with suppress(OSError):  # another process may have put something there
-            folder.rmdir()
-
-
-@contextmanager
-def _terminate_as_exception() -> Iterator[None]:
-    """SIGTERM ends the block like an exception, so that what was staged is removed."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,8 +1,11 @@
 """Speed and memory of exported models on this machine, interleaved so that noise hits all of them alike."""
 
-import multiprocessing
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -206,34 +209,29 @@ def _generate(model: Any, folder: Path, tokens: int) -> np.ndarray:
 
 def _load_in_fresh_process(folder: Path, fast: bool) -> tuple[float, float, float]:
     """(peak resident MiB, seconds to load, seconds until the first token) of a process that runs one token."""
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
-    process = context.Process(target=_report_usage, args=(child, folder, fast))
-    process.start()
-    child.close()
+    # The current folder may be a model's, and Python would look for modules there.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        command = [sys.executable, "-m", "optimum_scap.evaluation.load_once", str(folder.resolve())]
+        result = subprocess.run(
+            [*command, *(["--fast"] if fast else [])],
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": _absolute_python_path()},
+            capture_output=True,
+            text=True,
+        )
     try:
-        answer = parent.recv()
-    except EOFError:
-        raise SCAPError(f"model folder {folder}: the process that loads it ended without an answer") from None
-    finally:
-        process.join()
-    if isinstance(answer, str):
-        raise SCAPError(answer)
-    return answer
+        answer = json.loads(result.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        reason = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+        raise SCAPError(
+            f"model folder {folder}: the process that loads it ended without an answer: {reason[0]}"
+        ) from None
+    if "error" in answer:
+        raise SCAPError(answer["error"])
+    return answer["peak_memory_mib"], answer["load_seconds"], answer["first_token_seconds"]
 
 
-def _report_usage(pipe: Any, folder: Path, fast: bool) -> None:
-    import resource
-
-    from ..openvino import modeling  # noqa: F401  imports are not part of loading
-
-    try:
-        started = time.perf_counter()
-        model = load(folder, fast)
-        seconds = time.perf_counter() - started
-        Stepper(model.request.get_compiled_model())(np.array([[1]], dtype=np.int64), 0)
-        first_token = time.perf_counter() - started
-        unit = 1 if sys.platform == "darwin" else 1024
-        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, seconds, first_token))
-    except SCAPError as error:
-        pipe.send(str(error))
+def _absolute_python_path() -> str:
+    """PYTHONPATH for a process that starts in another folder."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in entries if entry)

@@ -1,18 +1,25 @@
 """SCAP on a folder that optimum-intel exported."""
 
 import gc
+import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
 from ..config import SCAPConfig
+from ..disk import DiskFullError, check_space, free_bytes, is_disk_full
 from ..errors import SCAPError, first_line
-from ..parameters import SCAPParameters, checkpoint_parameters
+from ..parameters import SCAPParameters, checkpoint_parameters, merge_parameters
 from ..tasks import infer_task
 from .backend import read_parameters
 from .threshold_ops import find_threshold_ops
+
+
+# What git and the hub's client keep about the folder that they fetched.
+_NOT_PART_OF_A_MODEL = (".git", ".cache")
 
 
 def check_folder(folder: Path) -> None:
@@ -66,6 +73,7 @@ def sparsify_folder(
     library: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: str | Path | None = None,
+    on_calibrated: Callable[[SCAPParameters], None] | None = None,
 ) -> None:
     """Sparsifies the exported OpenVINO model in `source` and writes the whole folder to `output`.
 
@@ -77,13 +85,16 @@ def sparsify_folder(
         library: `transformers` unless given.
         trust_remote_code: whether the model may bring code of its own.
         tokenizer: where to load the tokenizer from if the folder has none.
+        on_calibrated: called with what calibration found before anything is written.
 
     Raises:
-        SCAPError: if the model cannot be loaded, sparsified or written.
+        SCAPError: if the model cannot be loaded, sparsified or written, or the disk has no space for it.
     """
     from ..sparsify import sparsify_activations
 
     check_folder(source)
+    copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
+    check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
     if task == "auto":
         task = infer_task(source, trust_remote_code)
     model = load_optimum_model(source, task, library, trust_remote_code)
@@ -91,14 +102,16 @@ def sparsify_folder(
     tokenizer = source if has_tokenizer or tokenizer is None else tokenizer
     sparsify_activations(model, config, tokenizer=str(tokenizer), trust_remote_code=trust_remote_code)
 
-    changed = {
-        relative: submodel
-        for name, relative in model._ov_model_paths.items()
-        if read_parameters(submodel := model.ov_models[name]) is not None
-    }
-    if output.resolve() != source.resolve():
-        replaced = {str(Path(relative).with_suffix(suffix)) for relative in changed for suffix in (".xml", ".bin")}
-        _copy_folder(source, output, without=replaced)
+    changed: dict[str, ov.Model] = {}
+    found: list[SCAPParameters] = []
+    for name, relative in model._ov_model_paths.items():
+        parameters = read_parameters(submodel := model.ov_models[name])
+        if parameters is not None:
+            changed[relative] = submodel
+            found.append(parameters)
+    if on_calibrated is not None:
+        on_calibrated(merge_parameters(found))
+    _copy_files(copied, output, without=_ir_files(changed))
     written = [_save_beside(submodel, output / relative) for relative, submodel in changed.items()]
     # The files that are replaced are mapped into memory as long as the model lives.
     del model, submodel, changed
@@ -112,11 +125,13 @@ def fuse_folder(source: Path, output: Path) -> Path:
         The compiled extension, without which the result cannot be read.
 
     Raises:
-        SCAPError: if nothing in the folder can be fused or the extension cannot be built.
+        SCAPError: if nothing in the folder can be fused, the extension cannot be built, or the disk has no space.
     """
     from .extension.build import build_extension
     from .modeling import extend_core, fused_clone
 
+    copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
+    check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
     library = build_extension()
     extend_core(library)
     fused = {}
@@ -127,8 +142,7 @@ def fuse_folder(source: Path, output: Path) -> Path:
             fused[str(path.relative_to(source))] = clone
     if not fused:
         raise SCAPError(f"model folder {source}: no layer can be fused, their weights are of kinds that stay stock")
-    if output.resolve() != source.resolve():
-        _copy_folder(source, output, without={str(Path(f).with_suffix(s)) for f in fused for s in (".xml", ".bin")})
+    _copy_files(copied, output, without=_ir_files(fused))
     written = [_save_beside(clone, output / relative, library) for relative, clone in fused.items()]
     del fused, model, clone
     _replace(written)
@@ -149,12 +163,59 @@ def _replace(written: list[tuple[Path, Path]]) -> None:
             temporary.with_suffix(suffix).replace(target.with_suffix(suffix))
 
 
-def _copy_folder(source: Path, output: Path, without: set[str]) -> None:
-    def ignored(folder: str, names: list[str]) -> list[str]:
-        relative = Path(folder).relative_to(source)
-        return [name for name in names if str(relative / name) in without]
+def _model_and_weights(folder: Path) -> list[Path]:
+    return [path.with_suffix(suffix) for path in model_files(folder) for suffix in (".xml", ".bin")]
 
-    shutil.copytree(source, output, ignore=ignored, dirs_exist_ok=True)
+
+def _size(files: Iterable[Path]) -> int:
+    """Bytes of `files`, each counted once."""
+    return sum(path.stat().st_size for path in set(files) if path.exists())
+
+
+def _ir_files(models: Iterable[str]) -> set[str]:
+    """The files of IRs that are called `models`, paths within their folder."""
+    return {Path(name).with_suffix(suffix).as_posix() for name in models for suffix in (".xml", ".bin")}
+
+
+def files_to_copy(source: Path) -> dict[str, Path]:
+    """Every file of a model folder that goes along to another one, by its path within the folder.
+
+    Links are followed as far as the folder itself and, in the hub's cache, the files that belong to it.
+
+    Raises:
+        SCAPError: for a link that leads elsewhere: nobody may find a private file in a model that they publish.
+    """
+    root = source.resolve()
+    homes = [root, *(folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots")]
+    found: dict[str, Path] = {}
+    for base, folders, files in os.walk(source):
+        folders[:] = [name for name in folders if name not in _NOT_PART_OF_A_MODEL]
+        for path in (Path(base) / name for name in (*folders, *files)):
+            target = path.resolve()
+            if path.is_symlink() and not any(home in target.parents for home in homes):
+                raise SCAPError(
+                    f"model folder {source}: {path.relative_to(source)} is a link to {target}, outside of the folder, "
+                    "and is not copied; put the file itself there, or remove the link"
+                )
+            if path.is_symlink() and path.is_dir():
+                raise SCAPError(
+                    f"model folder {source}: {path.relative_to(source)} is a link to a folder and is not copied; put "
+                    "the folder itself there, or remove the link"
+                )
+            if path.is_file():
+                found[path.relative_to(source).as_posix()] = path
+    return found
+
+
+def _copy_files(files: Mapping[str, Path], output: Path, without: set[str]) -> None:
+    for name in files.keys() - without:
+        try:
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[name], output / name)
+        except OSError as error:
+            if is_disk_full(error, output):
+                raise DiskFullError(output) from error
+            raise SCAPError(f"{files[name]} cannot be copied to {output}: {error.strerror or error}") from error
 
 
 def save_model(model: ov.Model, path: Path, library: Path | None = None) -> None:
@@ -169,9 +230,11 @@ def save_model(model: ov.Model, path: Path, library: Path | None = None) -> None
         ov.save_model(model, str(path), compress_to_fp16=False)
         _read_model(path, library)
     except (RuntimeError, OSError, SCAPError) as error:
-        free = shutil.disk_usage(path.parent).free
+        if is_disk_full(error, path.parent):
+            raise DiskFullError(path.parent) from error
         raise SCAPError(
-            f"the model could not be written to {path.parent}: {first_line(error)} ({free / 2**20:.0f} MiB are free)"
+            f"the model could not be written to {path.parent}: {first_line(error)} "
+            f"({free_bytes(path.parent) / 2**20:.0f} MiB are free)"
         ) from error
 
 

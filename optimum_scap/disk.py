@@ -1,0 +1,63 @@
+"""Space on the disk that is written to: asked for before work begins, and named when it was too little."""
+
+import errno
+import shutil
+from pathlib import Path
+
+from .errors import SCAPError
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What libraries make of it that keep no number: Rust's (safetensors, tokenizers), shutil's lists of files, linkers.
+_SAYS_DISK_FULL = ("no space left on device", "(os error 28)", "disk quota exceeded")
+# C++ streams (OpenVINO's) do not tell why they failed: it is this if hardly anything is free.
+_HARDLY_ANYTHING = 1 << 20
+
+
+class DiskFullError(SCAPError):
+    """No space is left where something is written, or less than the `needed` bytes."""
+
+    def __init__(self, folder: Path, needed: int | None = None) -> None:
+        more = "" if needed is None else f", {_mib(needed)} needed"
+        super().__init__(f"no space left on {folder} ({_mib(free_bytes(folder))} free{more})")
+        self.needed = needed
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether `error`, which came while `folder` was written to, or one behind it says that no space was left."""
+    if isinstance(error, DiskFullError):
+        return True
+    behind: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in behind:
+        behind.append(current)
+        current = current.__cause__ or current.__context__
+    return any(
+        isinstance(cause, OSError)
+        and cause.errno in _DISK_FULL
+        or any(words in str(cause).lower() for words in _SAYS_DISK_FULL)
+        or "iostream error" in str(cause)
+        and free_bytes(folder) < _HARDLY_ANYTHING
+        for cause in behind
+    )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Checks that `needed` bytes fit on the disk of `folder`.
+
+    Raises:
+        DiskFullError: if not.
+    """
+    if free_bytes(folder) < needed:
+        raise DiskFullError(folder, needed)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where `folder`, which need not exist yet, is."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
