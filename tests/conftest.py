@@ -55,6 +55,44 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny(workspace: Path) -> Path:
+    """A random Llama of two layers: `hf` with a tokenizer of words, the IRs `dense` and `sparse`, and `text.txt`."""
+    from optimum.intel import OVModelForCausalLM
+    from tiny_models import word_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from optimum_scap import sparsify_activations
+
+    folder = workspace / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder / "hf")
+    word_tokenizer(1000).save_pretrained(folder / "hf")
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 997}" for i in range(20000)))
+    exported = OVModelForCausalLM.from_pretrained(folder / "hf", export=True, compile=False)
+    exported.save_pretrained(folder / "dense")
+    ids = torch.arange(64)[None]
+    sparsify_activations(exported, "0.5", [exported.prepare_inputs(ids, torch.ones_like(ids))])
+    exported.save_pretrained(folder / "sparse")
+    for name in ("dense", "sparse"):
+        word_tokenizer(1000).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2(workspace: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder."""
     return write_smollm2(workspace / "smollm2")

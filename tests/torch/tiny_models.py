@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 import transformers as tf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 
@@ -123,3 +126,11 @@ def tiny_samples(name: str, count: int = 4, seed: int = 1) -> list[dict[str, tor
         values = [torch.randint(3, VOCAB, (2, 48), generator=generator, device="cpu") for _ in range(count)]
     key = "pixel_values" if name == "vit" else "input_ids"
     return [{key: value.to(torch.get_default_device())} for value in values]
+
+
+def word_tokenizer(words: int) -> tf.PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, ..., `words` tokens in all."""
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{index}": 3 + index for index in range(words - 3)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
