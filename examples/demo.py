@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from optimum_scap.evaluation.perplexity import perplexity, token_samples
 from optimum_scap.openvino.backend import measure_sparsity, read_parameters
+from optimum_scap.openvino.optimum_intel import quiet_offline_guess
 
 
 SPEC = "up=0.35,gate=0.35,down=0.55"
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path("demo-output"))
     output = parser.parse_args().output
     started = time.monotonic()
+    quiet_offline_guess()  # make runs offline
     model_folder = write_smollm2(output / "smollm2-135m")
     calibration, evaluation = write_prose(output)
     dense_folder, sparse_folder = output / "smollm2-int8", output / "smollm2-int8-scap"

@@ -93,8 +93,10 @@ def load(folder: Path, fast: bool, **options: Any) -> Any:
 
     from ..openvino.folder import check_folder
     from ..openvino.modeling import OVModelForCausalLM
+    from ..openvino.optimum_intel import quiet_offline_guess
     from ..tasks import infer_task
 
+    quiet_offline_guess()
     check_folder(folder)
     task = infer_task(folder)
     if not task.startswith("text-generation"):

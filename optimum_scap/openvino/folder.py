@@ -15,6 +15,7 @@ from ..errors import SCAPError, first_line
 from ..parameters import SCAPParameters, checkpoint_parameters, merge_parameters
 from ..tasks import infer_task
 from .backend import read_parameters
+from .optimum_intel import quiet_offline_guess
 from .threshold_ops import find_threshold_ops
 
 
@@ -252,6 +253,7 @@ def load_optimum_model(folder: Path, task: str, library: str | None = None, trus
         name = "OVSentenceTransformer"
     if name is None:
         raise SCAPError(f"optimum-intel has no OpenVINO class for the task {task!r}")
+    quiet_offline_guess()
     extra = {"use_cache": _has_cache(folder)} if task.startswith("text-generation") else {}
     try:
         return getattr(optimum.intel, name).from_pretrained(
