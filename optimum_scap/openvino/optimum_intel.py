@@ -6,7 +6,7 @@ import logging
 def quiet_offline_guess() -> None:
     """Drops a warning that optimum-intel gives for every local folder while the hub is offline (HF_HUB_OFFLINE=1).
 
-    It looks for the folder in the hub's cache, fails, says that it could not infer whether the model was converted, and
+    It looks for the folder in the hub's cache, fails, says that it could not infer whether the model was exported, and
     loads the folder as it should. Nothing can be done about it. Calling this again is harmless.
     """
     logging.getLogger("optimum.intel.openvino.modeling_base").addFilter(_is_no_offline_guess)

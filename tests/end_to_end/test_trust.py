@@ -2,16 +2,13 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import optimum_cli, optimum_cli_in_process
+from conftest import optimum_cli_in_process
 
 from optimum_scap import SCAPError, disk
 from optimum_scap.commands.record import RECORD, unaccounted
@@ -275,44 +272,76 @@ def test_a_file_that_appears_in_the_output_during_calibration_costs_nothing(
     assert (tmp_path / "OUT.scap-parameters.json").exists()
 
 
+KILL = """
+import os, random, signal, sys, time
+from pathlib import Path
+# All that takes long to import, once: every command is a fork of this process, and dies at work, not while importing.
+import optimum.intel, openvino, torch
+from optimum.commands import optimum_cli as script
+import optimum_scap.openvino.modeling
+from optimum_scap.commands.record import unaccounted
+from optimum_scap.openvino.folder import read_folder_parameters  # noqa: F401
+kills, output, *command = sys.argv[1:]
+output, moments = Path(output), random.Random(11)
+
+def start():
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["optimum-cli", *command]
+        script.main()
+        os._exit(0)
+    return child
+
+started = time.monotonic()
+assert os.waitpid(start(), 0)[1] == 0
+duration = time.monotonic() - started
+for _ in range(int(kills)):
+    number = moments.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    left = set(output.parent.glob(".OUT.scap-*"))
+    child = start()
+    time.sleep(duration * moments.uniform(0.0, 1.1))
+    status = None
+    for _ in range(600):  # again and again: Python drops what a handler raises while objects are finalized
+        os.kill(child, number)
+        time.sleep(0.2)
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+    assert done, f"{number.name} does not end the command"
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -number, 128 + number), (number.name, code)
+    assert unaccounted(output) is None, number.name
+    new = set(output.parent.glob(".OUT.scap-*")) - left
+    assert number == signal.SIGKILL or not new, (number.name, [str(path) for path in new])
+    print(number.name, code, flush=True)
+assert os.waitpid(start(), 0)[1] == 0
+"""
+
+
 def kill_commands(tiny: Path, tmp_path: Path, kills: int) -> None:
     """A real command over an earlier export, killed at random moments of its life."""
     output = tmp_path / "OUT"
     command = ["scap", "apply", tiny / "dense", output, *CALIBRATION, tiny / "text.txt"]
-    started = time.monotonic()
-    assert optimum_cli(*command).returncode == 0
-    duration = time.monotonic() - started
-    moments = random.Random(11)
-    for kill in range(kills):
-        number = moments.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        left = set(tmp_path.glob(".OUT.scap-*"))
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("optimum-cli")), *map(str, command)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        # Most of a command is importing; what is to be hit comes late.
-        time.sleep(duration * moments.uniform(0.3, 1.05))
-        process.send_signal(number)
-        errors = process.communicate(timeout=300)[1]
-        assert unaccounted(output) is None and read_folder_parameters(output), (kill, number, errors)
-        if number != signal.SIGKILL:
-            assert set(tmp_path.glob(".OUT.scap-*")) <= left, (kill, number, errors)
-        if process.returncode == 1:
-            raise AssertionError(f"{number.name} was reported as something else: {errors}")
-    assert optimum_cli(*command).returncode == 0
+    result = subprocess.run(
+        [sys.executable, "-c", KILL, str(kills), str(output), *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert result.returncode == 0, result.stderr
+    ends = [line.split() for line in result.stdout.splitlines() if line.startswith("SIG")]
+    assert len(ends) == kills
+    assert sum(code != "0" for _, code in ends) >= kills // 2, ends
+    assert unaccounted(output) is None and read_folder_parameters(output)
     assert not list(tmp_path.glob(".OUT.scap-*"))
-    allowed = ("OUT", "OUT.scap-parameters")
-    assert all(path.name.startswith(allowed) for path in tmp_path.iterdir())
+    assert all(path.name.startswith(("OUT.scap-parameters", "OUT")) for path in tmp_path.iterdir())
 
 
 def test_commands_killed_at_random_moments(tiny: Path, tmp_path: Path) -> None:
-    kill_commands(tiny, tmp_path, 3)
+    kill_commands(tiny, tmp_path, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_commands_killed_at_many_random_moments(tiny: Path, tmp_path: Path) -> None:
-    kill_commands(tiny, tmp_path, 60)
+    kill_commands(tiny, tmp_path, 100)
