@@ -11,7 +11,6 @@ rest.
 
 import logging
 import types
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..config import ApplyTo
 from ..errors import SCAPError
 from ..parameters import LayerParameters
 from .kernels import sparse_linear
+from .prunable import is_fully_connected, why_dense
 
 
 logger = logging.getLogger(__name__)
@@ -284,62 +284,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def is_fully_connected(module: nn.Module) -> bool:
-    """Whether `module` is a layer that can be pruned: nn.Linear or Conv1D with floating-point weights of its own."""
-    return _is_linear(module) and why_dense(module) is None
-
-
-def why_dense(module: nn.Module) -> str | None:
-    """Why a module that is an nn.Linear or Conv1D cannot be pruned; None if it can be, or is of another kind."""
-    if not _is_linear(module):
-        return None
-    weight = module._parameters.get("weight")
-    if isinstance(weight, nn.UninitializedParameter):
-        return "its weights are made by its first forward: run the model once"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weights past its forward"
-    if weight is None:
-        return "its weights are computed from others (a parametrization or weight norm)"
-    # Other classes of tensors are quantized or distributed.
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return "its weights are quantized or of a kind of their own"
-    if weight.dim() != 2:
-        return "its weights are not two-dimensional"
-    if "forward" in vars(module) and not hasattr(module, "_old_forward"):  # accelerate's are known, see `convert`
-        return "its forward was replaced"
-    cls: Any = type(module)
-    if isinstance(module, nn.Linear) and not _computes_linear(cls):
-        return f"the forward of {cls.__name__} is not that of nn.Linear"
-    return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and isinstance(module, _conv1d_class())
-
-
-@cache
-def _computes_linear(cls: Any) -> bool:
-    """Whether a class derived from nn.Linear computes just that; Falcon's does, one that scales its output not."""
-    if cls.forward is nn.Linear.forward:
-        return True
-    weight, bias, x = (torch.arange(1.0, 1.0 + n, dtype=torch.float32, device="cpu") for n in (6, 2, 12))
-    try:
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = 3, 2
-        layer.weight, layer.bias = nn.Parameter(weight.view(2, 3)), nn.Parameter(bias)
-        with torch.no_grad():
-            return torch.equal(layer(x.view(4, 3)), F.linear(x.view(4, 3), layer.weight, layer.bias))
-    except Exception:  # it needs more than a linear layer has
-        return False
-
-
-def in_features(module: nn.Module) -> int:
-    """Number of input channels of a fully connected layer."""
-    assert isinstance(module.weight, Tensor)
-    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-
-
 def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -> None:
     """Makes a fully connected layer prune its input activations, in place.
 
@@ -352,7 +296,8 @@ def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -
     if isinstance(module, _PrunedInput):
         raise SCAPError("the layer is pruned already")
     if not is_fully_connected(module):
-        raise SCAPError(f"a {type(module).__name__} with these weights cannot be pruned")
+        reason = why_dense(module) or "it is no fully connected layer"
+        raise SCAPError(f"a {type(module).__name__} cannot be pruned: {reason}")
     cls: Any = SCAPLinear if isinstance(module, nn.Linear) else scap_conv1d_class()
     module.__class__ = cls
     module.scap_parameters = parameters  # type: ignore[assignment]
