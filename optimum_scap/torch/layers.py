@@ -82,8 +82,8 @@ class GivenOutput:
 class _PrunedInput:
     """What SCAPLinear and SCAPConv1D share. The class of an existing layer becomes theirs, see `convert`.
 
-    The weights keep their name, shape and order of dimensions; in memory they lie input-channel-major, so that the
-    weights of one input channel are contiguous.
+    The weights keep their name, shape and order of dimensions. Where a kernel reads them they lie input-channel-major
+    in memory, so that the weights of one input channel are contiguous; elsewhere they lie as they did.
     """
 
     # nn.Module's part, for type checkers
@@ -100,6 +100,8 @@ class _PrunedInput:
     scap_shrinkage: float
     scap_folded_bias: Tensor | None
     _scap_folded_versions: tuple[int, ...]
+    # Whether the weights were brought into another order in memory than they had.
+    _scap_reordered: bool = False
     # What the block around the layer computes ahead, see `shared_input`; None where there is no such block.
     scap_given: "GivenOutput | None" = None
 
@@ -112,28 +114,36 @@ class _PrunedInput:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Brings the weights into input-channel-major order and folds the mode into the bias.
+        """Brings the weights into the order that the sparse operation reads and folds the mode into the bias.
 
         Called again whenever weights are loaded, moved or converted; without effect on weights that are not there (on
-        the meta device until a checkpoint is loaded, or offloaded).
+        the meta device until a checkpoint is loaded, or offloaded) or not whole (shards of FSDP and DeepSpeed).
         """
-        weight = self.output_major_weight()
-        self._scap_dtype = weight.dtype
-        self.scap_shrinkage = round_down(self.scap_threshold, weight.dtype)
-        if weight.is_meta:
+        self._scap_dtype = self.weight.dtype
+        self.scap_shrinkage = round_down(self.scap_threshold, self.weight.dtype)
+        if self.weight.is_meta or type(self.weight) is not nn.Parameter or self.weight.dim() != 2:
             self.scap_folded_bias = None
             return
         # What is made in inference mode could never be trained; a weight that was made there needs its like.
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
-            if not _is_input_major(weight):
-                self.store_input_major(weight.t().contiguous())
-                weight = self.output_major_weight()
+            self._order_weights()
+            weight = self.output_major_weight()
             if self.scap_mode == 0.0:
                 self.scap_folded_bias = None
             else:
                 folded = self.scap_mode * weight.sum(dim=1, dtype=torch.float32)
                 self.scap_folded_bias = folded if self.bias is None else folded + self.bias.float()
                 self._scap_folded_versions = self._versions()
+
+    def _order_weights(self) -> None:
+        weight = self.output_major_weight()
+        if wants_input_major(weight):
+            if not _is_input_major(weight):
+                self.store_input_major(weight.t().contiguous())
+                self._scap_reordered = True
+        elif self._scap_reordered:  # back from a GPU
+            self.weight.data = self.weight.data.contiguous()
+            self._scap_reordered = False
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
@@ -184,7 +194,9 @@ class _PrunedInput:
         if torch.is_autocast_enabled(x.device.type):  # which knows the dense product, not the sparse operation
             return False
         weight = self.output_major_weight()
-        if x.dtype != weight.dtype or x.device != weight.device or not _is_input_major(weight):
+        if x.dtype != weight.dtype or x.device != weight.device:
+            return False
+        if wants_input_major(weight) and not _is_input_major(weight):
             return False
         if self.scap_mode != 0.0:
             if self.scap_folded_bias is None:
@@ -229,6 +241,12 @@ class _PrunedInput:
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         self.prepare()
         return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        name = f"{prefix}weight"
+        if self._scap_reordered and not keep_vars and name in destination:  # safetensors takes no other order
+            destination[name] = _contiguous(destination[name])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -328,6 +346,18 @@ def _version(value: Tensor) -> int:
         return value._version
     except RuntimeError:  # made in inference mode
         return 0
+
+
+def wants_input_major(weight: Tensor) -> bool:
+    """Whether the sparse operation reads these weights one input channel at a time: a kernel does, plain torch not."""
+    return weight.is_cuda
+
+
+def _contiguous(weight: Tensor) -> Tensor:
+    try:
+        return weight.contiguous()
+    except torch.OutOfMemoryError:  # all copies together may not fit beside the model
+        return weight.cpu().contiguous()
 
 
 def _is_input_major(weight: Tensor) -> bool:
