@@ -23,6 +23,7 @@ from ..roles import ROLES, find_role, module_path
 from .gated import fuse_gated_blocks
 from .layers import convert, is_pruned, prune
 from .prunable import hooked_by_nncf, is_fully_connected, is_linear, why_dense
+from .saving import check_can_be_saved
 from .shared_input import share_inputs
 from .statistics import TorchActivationStatistics
 from .wrappers import has_adapters, saved_modules, unwrap, why_adapter_forbids
@@ -114,7 +115,8 @@ def check_model(model: nn.Module, config: SCAPConfig) -> dict[str, nn.Module]:
         The fully connected layers by module path, see `pruned_layers`.
 
     Raises:
-        SCAPError: if the model is sparse already or quantized, or nothing in it matches the config.
+        SCAPError: if the model is sparse already or quantized, nothing in it matches the config, or it could not be
+            saved with what the calibration finds.
     """
     _check_is_dense(model)
     forbidden = why_adapter_forbids(model)
@@ -145,6 +147,7 @@ def check_model(model: nn.Module, config: SCAPConfig) -> dict[str, nn.Module]:
     for role in config.targets:
         if role not in present:
             logger.info("the model has no layer of role %s", role)
+    check_can_be_saved(unwrap(model))
     return layers
 
 

@@ -1,7 +1,6 @@
 """Sparse PyTorch checkpoints: from a model to a folder, and what a folder holds."""
 
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,7 @@ def export_checkpoint(
     device: str = "auto",
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
+    on_calibrated: Callable[[SCAPParameters], None] | None = None,
 ) -> None:
     """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
 
@@ -98,21 +98,37 @@ def export_checkpoint(
         device: `auto` (GPUs where there are any, spread by accelerate), or a torch device such as `cpu` or `cuda:0`.
         trust_remote_code: whether the model may bring code of its own.
         options: further arguments for from_pretrained, such as revision or cache_dir.
+        on_calibrated: is given what the calibration found before anything is written.
 
     Raises:
-        SCAPError: if the model cannot be loaded, sparsified or written.
+        SCAPError: if the model cannot be loaded, sparsified or written. What would keep it from being written, and a
+            disk that is too small for it, are found before the calibration.
     """
+    # What a folder holds is read without torch.
+    from .backend import read_parameters
+    from .saving import (
+        bytes_to_save,
+        check_can_be_saved,
+        check_space,
+        keep_generation_config,
+        saving_to,
+        valid_generation_config,
+    )
+
     options = {**(options or {}), "trust_remote_code": trust_remote_code}
     loaded = _load(model, task, dtype, device, options)
-    sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
-    try:
-        loaded.save_pretrained(output)
-    except OSError as error:
-        free = shutil.disk_usage(output).free
-        raise SCAPError(
-            f"the model could not be written to {output}: {first_line(error)} ({free / 2**20:.0f} MiB are free)"
-        ) from error
-    _copy_preprocessors(model, output, trust_remote_code)
+    check_space(output, bytes_to_save(loaded))
+    with valid_generation_config(loaded) as changed:
+        check_can_be_saved(loaded)
+        sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
+        found = read_parameters(loaded)
+        if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
+            on_calibrated(found)
+        with saving_to(output):
+            loaded.save_pretrained(output)
+            _copy_preprocessors(model, output, trust_remote_code)
+            if changed:
+                keep_generation_config(model, output, options)
 
 
 def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any]) -> Any:
