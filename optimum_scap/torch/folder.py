@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import check_loaded, check_quantization_method
 from ..config import SCAPConfig
 from ..errors import SCAPError, first_line
-from ..parameters import SCAPParameters, checkpoint_parameters
+from ..parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
 from ..roles import SHARED_INPUTS, find_role
 from ..sparsify import sparsify_activations
 from ..tasks import check_model_exists, infer_task
@@ -138,6 +139,8 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
     check_model_exists(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise SCAPError(f"model folder {model} has no config.json: it holds no transformers model")
+    quantization = _quantization(model, options)
+    check_quantization_method(quantization, model)
     if task == "auto":
         task = infer_task(model, options["trust_remote_code"])
     try:
@@ -155,23 +158,24 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
         )
     except Exception as error:  # damaged weights and missing libraries of quantized models fail anywhere
         hint = ", and no format but safetensors is read" if next(Path(model).glob("*.bin"), None) else ""
-        raise SCAPError(f"{_kind(model, options)} {model} cannot be loaded: {first_line(error)}{hint}") from error
-    # A head that is not there is made anew, as transformers does and says; a layer of a block is damage.
-    missing = [name for name in sorted(info["missing_keys"]) if find_role(name.rpartition(".")[0])]
-    if missing:
-        raise SCAPError(f"model {model} cannot be loaded: {len(missing)} weights are missing, such as {missing[0]}")
+        # Without the library that quantized it transformers may say anything.
+        kind = f"{quantization.get('quant_method')} model" if quantization is not None else "model"
+        raise SCAPError(f"{kind} {model} cannot be loaded: {first_line(error)}{hint}") from error
+    # Where the weights are quantized transformers' own quantizer says what belongs to them.
+    if quantization is None or quantization.get("quant_method") == QUANT_METHOD:
+        check_loaded(loaded, info, model)
     return loaded
 
 
-def _kind(model: str, options: dict[str, Any]) -> str:
-    """`model`, or what it is quantized with: without the library for that transformers may say anything."""
+def _quantization(model: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config in the config.json of `model`, if there is one."""
     from transformers import PretrainedConfig
 
     try:
-        quantized = PretrainedConfig.get_config_dict(model, **options)[0].get("quantization_config")
-    except Exception:
-        return "model"
-    return f"{quantized.get('quant_method')} model" if isinstance(quantized, dict) else "model"
+        found = PretrainedConfig.get_config_dict(model, **options)[0].get("quantization_config")
+    except Exception:  # loading the model says more
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _copy_preprocessors(model: str, output: Path, trust_remote_code: bool) -> None:

@@ -296,7 +296,7 @@ def tiny_folder(smollm2: Path, tmp_path: Path) -> Callable[[str], Path]:
         ("another format", "no format but safetensors is read"),
         ("config is a list", "config.json cannot be read"),
         ("wrong type in config", "'hidden_size' expected int"),
-        ("quantized", "nosuch-1 model"),
+        ("quantized", "names the quant_method 'nosuch-1', which transformers"),
     ],
 )
 def test_damaged_models(
