@@ -81,7 +81,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters) -> None:
         SCAPError: naming the layer that the model does not have or that cannot be pruned; the model is untouched then.
     """
     _check_is_dense(model)
-    found = _find_modules(model, parameters.layers)
+    found = find_modules(model, parameters.layers)
     forbidden = why_adapter_forbids(model)
     for path, modules in found.items():
         for module in modules:
@@ -378,10 +378,13 @@ def _describe(sample: Any) -> str:
     return f"{type(sample).__name__}{shape}"
 
 
-def _find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, list[nn.Module]]:
+def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, list[nn.Module]]:
     """The modules called `paths`, also where a head has been added to, or taken from, the model that was calibrated.
 
     One module each, but for the copies that adapters bring.
+
+    Raises:
+        SCAPError: naming a path that the model does not have.
     """
     model = unwrap(model)
     prefix = getattr(model, "base_model_prefix", "")

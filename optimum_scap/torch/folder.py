@@ -52,17 +52,39 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
         raise SCAPError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
     found: dict[Any, set[tuple[int, tuple[int, ...]]]] = {}
     layers = read_folder_parameters(folder).layers
+    absent = [path for path in layers if path not in shapes]
+    if absent:
+        raise SCAPError(f"{folder}: the weights of layer {absent[0]} are missing")
+    for path in _conv1d_layers(folder, layers):  # which hold their weights the other way round
+        dtype, in_features, out_features = shapes[path]
+        shapes[path] = (dtype, out_features, in_features)
     for path in layers:
-        if path not in shapes:
-            raise SCAPError(f"{folder}: the weights of layer {path} are missing")
-        dtype, out_features, in_features = shapes[path]
-        if path.endswith((".c_attn", ".c_proj", ".c_fc")):  # Conv1D holds its weights the other way round
-            out_features, in_features = in_features, out_features
+        dtype, _, in_features = shapes[path]
         together = _layers_over_one_input(path, layers)
         if path == together[0]:
-            outs = tuple(shapes[sibling][1] for sibling in together) if len(together) > 1 else (out_features,)
-            found.setdefault(dtype, set()).add((in_features, outs))
+            found.setdefault(dtype, set()).add((in_features, tuple(shapes[sibling][1] for sibling in together)))
     return found
+
+
+def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
+    """Those of the `layers` that are a Conv1D in the model; the names alone do not tell GPT-2 from Starcoder2."""
+    import torch
+    import transformers
+
+    from .backend import find_modules
+    from .prunable import is_conv1d
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+        if model_class is None:
+            return []  # code that a model brings uses nn.Linear
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # a damaged config fails anywhere
+        raise SCAPError(f"{folder}: config.json describes no model: {first_line(error)}") from error
+    modules = find_modules(model, layers)
+    return [path for path in layers if is_conv1d(modules[path][0])]
 
 
 def _layers_over_one_input(path: str, layers: Iterable[str]) -> list[str]:
