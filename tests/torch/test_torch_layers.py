@@ -345,8 +345,8 @@ def test_lora_on_top(tmp_path: Path) -> None:
     merged = copy.deepcopy(adapted).merge_and_unload().eval()
     assert len(pruned_layers(merged)) == 6
     with torch.no_grad():
-        for length in (1, ids.shape[1]):
-            assert torch.isfinite(adapted(ids[:, :length]).logits).all()
+        # one row runs the sparse operation, many rows the dense product
+        torch.testing.assert_close(adapted(ids[:1, :1]).logits, adapted(ids).logits[:1, :1], atol=1e-4, rtol=1e-4)
         merged(ids)
         step = merged.model.layers[0].mlp.down_proj
         x = torch.randn(1, step.weight.shape[1])
@@ -365,7 +365,8 @@ def test_gated_blocks_run_gate_and_up_together(name: str, mode: str) -> None:
         with torch.no_grad():
             expected = block.down_proj(block.act_fn(block.gate_proj(x)) * block.up_proj(x))
             torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-4)
-    assert copy.deepcopy(block)(x).shape == x.shape
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(block)(x), block(x))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
