@@ -64,7 +64,7 @@ def check_quantization_method(quantization: Any, model: str | Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     method = quantization.get("quant_method")
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         name = "no quant_method" if method is None else f"the quant_method {method!r}"
         raise SCAPError(
             f"model {model}: the quantization_config in config.json names {name}, which transformers {__version__} "

@@ -204,6 +204,9 @@ def test_quantization_methods(llama: Path) -> None:
     change_config(llama, quantization_config={"bits": 4})
     with pytest.raises(SCAPError, match="config.json names no quant_method"):
         check_checkpoint(llama)
+    change_config(llama, quantization_config={"quant_method": ["scap"]})
+    with pytest.raises(SCAPError, match=r"config\.json names the quant_method \['scap'\]"):
+        check_checkpoint(llama)
     for known in ({"quant_method": "fp8"}, {"load_in_8bit": True}):
         change_config(llama, quantization_config=known)
         change_weights(llama, scale_of_a_layer)
