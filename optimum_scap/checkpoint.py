@@ -86,9 +86,12 @@ def check_loaded(model: Any, info: Mapping[str, Any], source: str | Path) -> Non
     if info.get("mismatched_keys"):
         name, found, wanted = sorted(info["mismatched_keys"])[0]
         raise SCAPError(f"model {source}: {name} has the shape {list(found)}, config.json says {list(wanted)}")
-    missing = [name for name in sorted(info["missing_keys"]) if _is_of_the_body(model, name)]
+    missing = sorted(info["missing_keys"])
+    lacking = [name for name in missing if _is_of_the_body(model, name)]
+    if lacking:
+        raise SCAPError(f"model {source} cannot be loaded: {len(lacking)} weights are missing, such as {lacking[0]}")
     if missing:
-        raise SCAPError(f"model {source} cannot be loaded: {len(missing)} weights are missing, such as {missing[0]}")
+        logger.warning("%s: %d weights are missing and random, such as %s", source, len(missing), missing[0])
     unexpected = [name for name in sorted(info["unexpected_keys"]) if name.rpartition(".")[2] not in _TABLES]
     lost = [name for name in unexpected if _is_of_a_layer(model, name)]
     if lost:
@@ -165,9 +168,10 @@ def _load_without_values(folder: Path, fields: Mapping[str, Any], weights: dict[
     """Has transformers load the weights, with all that it does to their names and shapes; None if it cannot."""
     import transformers
 
-    architecture = next(iter(fields.get("architectures") or ()), None)
+    named = fields.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
     model_class = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    if model_class is None or "auto_map" in fields:
+    if model_class is None or fields.get("auto_map"):
         return None
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -159,11 +159,13 @@ def test_heads_of_another_task_are_named(names: list[str], llama: Path, caplog: 
         assert f"{len(names)} weights are left out, such as {min(names)}" in caplog.text
 
 
-def test_a_head_that_is_not_there_yet(tmp_path: Path) -> None:
+def test_a_head_that_is_not_there_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     OTHERS["base"]().save_pretrained(tmp_path)
-    for architecture in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
+    for architecture, head in (("LlamaForCausalLM", "lm_head"), ("LlamaForSequenceClassification", "score")):
         change_config(tmp_path, architectures=[architecture])
+        caplog.clear()
         check_checkpoint(tmp_path)
+        assert said(caplog) == [f"{tmp_path}: 1 weights are missing and random, such as {head}.weight"]
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,9 @@ def test_what_is_not_checked(llama: Path, tmp_path_factory: pytest.TempPathFacto
     check_checkpoint(tmp_path_factory.mktemp("empty"))
     change_config(llama, auto_map={"AutoModelForCausalLM": "modeling.Model"})  # code of its own
     check_checkpoint(llama)
-    change_config(llama, auto_map=None, architectures=["OfSomeoneElse"])
-    check_checkpoint(llama)
+    for architectures in (["OfSomeoneElse"], None, [], [3], 1.5):
+        change_config(llama, auto_map=None, architectures=architectures)
+        check_checkpoint(llama)
     (llama / "model.safetensors").rename(llama / "model.gguf")
     check_checkpoint(llama)
 
