@@ -23,7 +23,7 @@ from ..roles import ROLES, find_role, module_path
 from .gated import fuse_gated_blocks
 from .layers import convert, is_pruned, prune
 from .prunable import hooked_by_nncf, is_fully_connected, is_linear, why_dense
-from .saving import check_can_be_saved
+from .saving import check_can_be_saved, is_from_transformers
 from .shared_input import share_inputs
 from .statistics import TorchActivationStatistics
 from .wrappers import has_adapters, saved_modules, unwrap, why_adapter_forbids
@@ -406,7 +406,7 @@ def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, list[nn.Mo
 
 def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
     model._scap_parameters = parameters  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+    if is_from_transformers(model):
         from .quantizer import attach_quantizer
 
         attach_quantizer(model, parameters)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,19 @@ _GENERATION_CONFIG = "generation_config.json"
 _FULL = re.compile(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)")
 
 
+def is_from_transformers(model: nn.Module) -> bool:
+    """Whether `model` is a model of transformers; diffusers and others have a `save_pretrained` of their own."""
+    cls = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return cls is not None and isinstance(model, cls)
+
+
 def check_can_be_saved(model: nn.Module) -> None:
     """Checks all that `save_pretrained` of a transformers model refuses to write; other models pass.
 
     Raises:
         SCAPError: naming what is wrong and what to do.
     """
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+    if not is_from_transformers(model):
         return
     problem = generation_config_problem(model)
     if problem is not None:

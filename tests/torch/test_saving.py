@@ -2,10 +2,12 @@
 
 import errno
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from safetensors import SafetensorError
 from tiny_models import CONFIGS, tiny_model, tiny_samples
@@ -82,6 +84,20 @@ def test_models_that_could_not_be_saved(what: str, message: str, tmp_path: Path)
     with pytest.raises(SCAPError, match=message) as found:
         sparsify_activations(model, "0.4", tiny_samples("llama"))
     assert "\n" not in str(found.value) and not pruned_layers(model)
+
+
+def test_models_of_other_libraries_save_themselves() -> None:
+    """diffusers' and huggingface_hub's have a save_pretrained too, and a config that is a dict."""
+
+    class Model(nn.Sequential):
+        config = types.MappingProxyType({"up_proj": 16})
+
+        def save_pretrained(self, folder: Path) -> None: ...
+
+    model = Model()
+    model.up_proj = nn.Linear(16, 16)
+    sparsify_activations(model, "0.4", [torch.randn(64, 16)])
+    assert pruned_layers(model).keys() == read_parameters(model).layers.keys() == {"up_proj"}
 
 
 def test_parameters_are_applied_to_any_model(parameters: SCAPParameters) -> None:
