@@ -81,18 +81,24 @@ _TAIL_TO_ROLE: dict[tuple[str, ...], Role] = {
 _LONGEST_TAIL = max(len(tail) for tail in _TAIL_TO_ROLE)
 
 _TRACED_OPERATION = re.compile(r"/(aten|prim|ov_ext|torch|torch_nncf)::")
-_WRAPPER_PREFIXES = ("__module.", "_orig_mod.", "module.")
+# What exporters, torch.compile, DataParallel and PEFT put a model into.
+_WRAPPERS = re.compile(r"(?:(?:__module|_orig_mod|module|base_model\.model)\.)*")
+_ADAPTED = ".base_layer"  # what PEFT puts an adapter around
 
 
 def module_path(name: str) -> str:
-    """The dotted module path behind `name`, which may be a PyTorch module path or the name of an IR node."""
+    """The dotted module path behind `name`, which may be a PyTorch module path or the name of an IR node.
+
+    What torch.compile, DataParallel and PEFT put around a model and its layers is left out.
+    """
     traced = _TRACED_OPERATION.search(name)
     if traced:
         name = name[: traced.start()]
     elif "/" in name:  # ONNX style: /model/layers.0/mlp/up_proj/MatMul, the last component is the operation
         name = name.strip("/").rpartition("/")[0].replace("/", ".")
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
+    name = _WRAPPERS.sub("", name, count=1)
+    while name.endswith(_ADAPTED):  # adapters upon adapters
+        name = name.removesuffix(_ADAPTED)
     return name
 
 

@@ -84,3 +84,12 @@ def test_other_layers_have_no_role(path: str) -> None:
 def test_onnx_and_wrapped_names() -> None:
     assert module_path("/model/layers.0/mlp/up_proj/MatMul") == "model.layers.0.mlp.up_proj"
     assert module_path("_orig_mod.model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+
+
+def test_layers_in_adapters_are_known_by_their_own_names() -> None:
+    path = "base_model.model.model.layers.0.mlp.up_proj.base_layer"
+    for name in (path, f"__module.{path}/aten::linear/MatMul", f"{path}.base_layer", f"module._orig_mod.{path}"):
+        assert find_role(name) == "up"
+    assert module_path(f"__module.{path}/aten::linear/MatMul") == "model.layers.0.mlp.up_proj"
+    assert module_path(f"module._orig_mod.{path}.base_layer") == "model.layers.0.mlp.up_proj"
+    assert find_role("base_layer") is None and find_role("up_proj.base_layer.lora_A") is None

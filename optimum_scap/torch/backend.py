@@ -17,13 +17,16 @@ from .. import __version__
 from ..calibration import KEEP_ALL, Site, Thresholding, Visit, calibrate, check_patterns, select_targets
 from ..config import RoleTarget, SCAPConfig
 from ..errors import SCAPError, first_line
-from ..parameters import LayerParameters, SCAPParameters
+from ..parameters import QUANT_METHOD, LayerParameters, SCAPParameters
 from ..progress import length, run_over
 from ..roles import ROLES, find_role, module_path
 from .gated import fuse_gated_blocks
-from .layers import convert, is_fully_connected, is_pruned, prune, why_dense
+from .layers import convert, is_pruned, prune
+from .prunable import hooked_by_nncf, is_fully_connected, is_linear, why_dense
+from .saving import check_can_be_saved, is_from_transformers
 from .shared_input import share_inputs
 from .statistics import TorchActivationStatistics
+from .wrappers import has_adapters, saved_modules, unwrap, why_adapter_forbids
 
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,11 @@ def sparsify_model(model: nn.Module, config: SCAPConfig, samples: Iterable[Any])
         )
     parameters = SCAPParameters(version=__version__, config=config, layers=found)
     apply_parameters(model, parameters)
+    if has_adapters(model):
+        logger.warning(
+            "PEFT saves adapters without the model, and so without its thresholds; to keep both, save the merged "
+            "model: model.merge_and_unload().save_pretrained(...)"
+        )
     return parameters
 
 
@@ -72,51 +80,56 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters) -> None:
     Raises:
         SCAPError: naming the layer that the model does not have or that cannot be pruned; the model is untouched then.
     """
-    if pruned_layers(model):
-        raise SCAPError("the model is sparse already; start from the model without SCAP")
-    modules = {path: _find_module(model, path) for path in parameters.layers}
-    for path, module in modules.items():
-        if not is_fully_connected(module):
-            reason = why_dense(module) or (
-                f"it is a {type(module).__name__}, not a fully connected layer with floating-point weights"
-            )
-            raise SCAPError(f"layer {path} cannot be pruned: {reason}")
-    for path, module in modules.items():
-        convert(module, parameters.layers[path], parameters.config.apply_to)
+    _check_is_dense(model)
+    found = find_modules(model, parameters.layers)
+    forbidden = why_adapter_forbids(model)
+    for path, modules in found.items():
+        for module in modules:
+            reason = forbidden.get(module) or _why_not_prunable(module)
+            if reason is not None:
+                raise SCAPError(f"layer {path} cannot be pruned: {reason}")
+    _check_is_not_quantized(model)
+    for path, modules in found.items():
+        for module in modules:
+            convert(module, parameters.layers[path], parameters.config.apply_to)
     fuse_gated_blocks(model)
     share_inputs(model)
-    _attach(model, parameters)
+    _attach(unwrap(model), parameters)
 
 
 def read_parameters(model: nn.Module) -> SCAPParameters | None:
     """The SCAP parameters that `model` carries, None if it is dense."""
-    found = getattr(model, "_scap_parameters", None)
+    found = getattr(unwrap(model), "_scap_parameters", None)
     return found if isinstance(found, SCAPParameters) else None
 
 
 def pruned_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of `model` that prune their inputs, by module path."""
-    return {path: module for path, module in model.named_modules() if is_pruned(module)}
+    """The layers of `model` that prune their inputs, by the module paths that SCAPParameters know them by."""
+    return {path: module for path, module in saved_modules(model) if is_pruned(module)}
 
 
 def check_model(model: nn.Module, config: SCAPConfig) -> dict[str, nn.Module]:
     """Checks, before any calibration data is made, that `config` can be applied to `model`.
 
     Returns:
-        The fully connected layers by module path.
+        The fully connected layers by module path, see `pruned_layers`.
 
     Raises:
-        SCAPError: if the model is sparse already or nothing in it matches the config.
+        SCAPError: if the model is sparse already or quantized, nothing in it matches the config, or it could not be
+            saved with what the calibration finds.
     """
-    if pruned_layers(model):
-        raise SCAPError("the model is sparse already; start from the model without SCAP")
-    layers = {path: module for path, module in model.named_modules() if is_fully_connected(module)}
-    dense = _left_dense(model)
+    _check_is_dense(model)
+    forbidden = why_adapter_forbids(model)
+    layers = {
+        path: module for path, module in saved_modules(model) if is_fully_connected(module) and module not in forbidden
+    }
+    dense = _left_dense(model, forbidden)
     if not layers:
         raise SCAPError(
             "the model has no fully connected layer with floating-point weights to prune; quantized PyTorch models "
             f"are not supported yet{_first_of(dense)}"
         )
+    _check_is_not_quantized(model)
     check_patterns({**layers, **dense}, config)
     roles = {path: find_role(path) for path in layers}
     present = set(roles.values())
@@ -134,15 +147,48 @@ def check_model(model: nn.Module, config: SCAPConfig) -> dict[str, nn.Module]:
     for role in config.targets:
         if role not in present:
             logger.info("the model has no layer of role %s", role)
+    check_can_be_saved(unwrap(model))
     return layers
 
 
-def _left_dense(model: nn.Module) -> dict[str, str]:
+def _check_is_dense(model: nn.Module) -> None:
+    if pruned_layers(model):
+        raise SCAPError("the model is sparse already; start from the model without SCAP")
+
+
+def _check_is_not_quantized(model: nn.Module) -> None:
+    """Also of a model that is quantized in part: its checkpoint names one method, and so loses the other."""
+    quantizer = getattr(unwrap(model), "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", QUANT_METHOD)
+    if method != QUANT_METHOD:
+        name = getattr(method, "value", method)
+        raise SCAPError(f"the model is quantized ({name}); quantized PyTorch models are not supported yet")
+    if hooked_by_nncf(model):
+        raise SCAPError("the model is quantized or pruned by NNCF already; start from the model without")
+
+
+def _why_not_prunable(module: nn.Module) -> str | None:
+    if is_linear(module):
+        return why_dense(module)
+    return f"it is a {type(module).__name__}, not a fully connected layer with floating-point weights"
+
+
+def _left_dense(model: nn.Module, forbidden: Mapping[nn.Module, str]) -> dict[str, str]:
     """Why layers cannot be pruned that otherwise would be, by path."""
-    reasons = {path: reason for path, module in model.named_modules() if (reason := why_dense(module)) is not None}
-    # Where Mixtral and others hold the weights of all experts; find_role knows them by the names of the parameters.
-    experts = [name for name, value in model.named_parameters() if not is_lazy(value) and value.dim() == 3]
-    return {**reasons, **dict.fromkeys(experts, "experts of a mixture-of-experts model are not pruned yet")}
+    reasons: dict[str, str] = {}
+    for path, module in saved_modules(model):
+        reason = forbidden.get(module) if is_linear(module) else None
+        reason = reason or why_dense(module)
+        # Quantized layers of many a library are no nn.Linear, but as wide as one.
+        if reason is None and not is_linear(module) and find_role(path) and hasattr(module, "in_features"):
+            reason = f"a {type(module).__name__} is no fully connected layer with floating-point weights"
+        if reason is not None:
+            reasons[path] = reason
+        # Where Mixtral and others hold the weights of all experts, whose roles the parameters' names tell.
+        for name, value in module.named_parameters(path, recurse=False):
+            if not is_lazy(value) and value.dim() >= 3 and find_role(name):
+                reasons[name] = "experts of a mixture-of-experts model are not pruned yet"
+    return reasons
 
 
 def _first_of(reasons: Mapping[str, str]) -> str:
@@ -332,24 +378,35 @@ def _describe(sample: Any) -> str:
     return f"{type(sample).__name__}{shape}"
 
 
-def _find_module(model: nn.Module, path: str) -> nn.Module:
-    """The module called `path`, also where a head has been added to, or taken from, the model that was calibrated."""
+def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, list[nn.Module]]:
+    """The modules called `paths`, also where a head has been added to, or taken from, the model that was calibrated.
+
+    One module each, but for the copies that adapters bring.
+
+    Raises:
+        SCAPError: naming a path that the model does not have.
+    """
+    model = unwrap(model)
     prefix = getattr(model, "base_model_prefix", "")
-    bare = module_path(path)  # without what DataParallel and torch.compile put before it
-    candidates = [path, bare]
-    if prefix:
-        candidates.append(bare.removeprefix(f"{prefix}.") if bare.startswith(f"{prefix}.") else f"{prefix}.{bare}")
-    for candidate in candidates:
-        try:
-            return model.get_submodule(candidate)
-        except AttributeError:
-            continue
-    raise SCAPError(f"layer {path} does not exist in the model, a {type(model).__name__}")
+    by_path: dict[str, list[nn.Module]] = {}
+    for path, module in saved_modules(model):
+        by_path.setdefault(path, []).append(module)
+    found = {}
+    for path in paths:
+        bare = module_path(path)  # without what DataParallel, torch.compile and PEFT put around it
+        candidates = [path, bare]
+        if prefix:
+            candidates.append(bare.removeprefix(f"{prefix}.") if bare.startswith(f"{prefix}.") else f"{prefix}.{bare}")
+        name = next((candidate for candidate in candidates if candidate in by_path), None)
+        if name is None:
+            raise SCAPError(f"layer {path} does not exist in the model, a {type(model).__name__}")
+        found[path] = by_path[name]
+    return found
 
 
 def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
     model._scap_parameters = parameters  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+    if is_from_transformers(model):
         from .quantizer import attach_quantizer
 
         attach_quantizer(model, parameters)

@@ -1,13 +1,13 @@
 """Sparse PyTorch checkpoints: from a model to a folder, and what a folder holds."""
 
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import check_loaded, check_quantization_method
 from ..config import SCAPConfig
 from ..errors import SCAPError, first_line
-from ..parameters import SCAPParameters, checkpoint_parameters
+from ..parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
 from ..roles import SHARED_INPUTS, find_role
 from ..sparsify import sparsify_activations
 from ..tasks import check_model_exists, infer_task
@@ -52,17 +52,39 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
         raise SCAPError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
     found: dict[Any, set[tuple[int, tuple[int, ...]]]] = {}
     layers = read_folder_parameters(folder).layers
+    absent = [path for path in layers if path not in shapes]
+    if absent:
+        raise SCAPError(f"{folder}: the weights of layer {absent[0]} are missing")
+    for path in _conv1d_layers(folder, layers):  # which hold their weights the other way round
+        dtype, in_features, out_features = shapes[path]
+        shapes[path] = (dtype, out_features, in_features)
     for path in layers:
-        if path not in shapes:
-            raise SCAPError(f"{folder}: the weights of layer {path} are missing")
-        dtype, out_features, in_features = shapes[path]
-        if path.endswith((".c_attn", ".c_proj", ".c_fc")):  # Conv1D holds its weights the other way round
-            out_features, in_features = in_features, out_features
+        dtype, _, in_features = shapes[path]
         together = _layers_over_one_input(path, layers)
         if path == together[0]:
-            outs = tuple(shapes[sibling][1] for sibling in together) if len(together) > 1 else (out_features,)
-            found.setdefault(dtype, set()).add((in_features, outs))
+            found.setdefault(dtype, set()).add((in_features, tuple(shapes[sibling][1] for sibling in together)))
     return found
+
+
+def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
+    """Those of the `layers` that are a Conv1D in the model; the names alone do not tell GPT-2 from Starcoder2."""
+    import torch
+    import transformers
+
+    from .backend import find_modules
+    from .prunable import is_conv1d
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+        if model_class is None:
+            return []  # code that a model brings uses nn.Linear
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # a damaged config fails anywhere
+        raise SCAPError(f"{folder}: config.json describes no model: {first_line(error)}") from error
+    modules = find_modules(model, layers)
+    return [path for path in layers if is_conv1d(modules[path][0])]
 
 
 def _layers_over_one_input(path: str, layers: Iterable[str]) -> list[str]:
@@ -86,6 +108,7 @@ def export_checkpoint(
     device: str = "auto",
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
+    on_calibrated: Callable[[SCAPParameters], None] | None = None,
 ) -> None:
     """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
 
@@ -98,21 +121,37 @@ def export_checkpoint(
         device: `auto` (GPUs where there are any, spread by accelerate), or a torch device such as `cpu` or `cuda:0`.
         trust_remote_code: whether the model may bring code of its own.
         options: further arguments for from_pretrained, such as revision or cache_dir.
+        on_calibrated: is given what the calibration found before anything is written.
 
     Raises:
-        SCAPError: if the model cannot be loaded, sparsified or written.
+        SCAPError: if the model cannot be loaded, sparsified or written. What would keep it from being written, and a
+            disk that is too small for it, are found before the calibration.
     """
+    # What a folder holds is read without torch.
+    from .backend import read_parameters
+    from .saving import (
+        bytes_to_save,
+        check_can_be_saved,
+        check_space,
+        keep_generation_config,
+        saving_to,
+        valid_generation_config,
+    )
+
     options = {**(options or {}), "trust_remote_code": trust_remote_code}
     loaded = _load(model, task, dtype, device, options)
-    sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
-    try:
-        loaded.save_pretrained(output)
-    except OSError as error:
-        free = shutil.disk_usage(output).free
-        raise SCAPError(
-            f"the model could not be written to {output}: {first_line(error)} ({free / 2**20:.0f} MiB are free)"
-        ) from error
-    _copy_preprocessors(model, output, trust_remote_code)
+    check_space(output, bytes_to_save(loaded))
+    with valid_generation_config(loaded) as changed:
+        check_can_be_saved(loaded)
+        sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
+        found = read_parameters(loaded)
+        if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
+            on_calibrated(found)
+        with saving_to(output):
+            loaded.save_pretrained(output)
+            _copy_preprocessors(model, output, trust_remote_code)
+            if changed:
+                keep_generation_config(model, output, options)
 
 
 def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any]) -> Any:
@@ -122,6 +161,8 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
     check_model_exists(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise SCAPError(f"model folder {model} has no config.json: it holds no transformers model")
+    quantization = _quantization(model, options)
+    check_quantization_method(quantization, model)
     if task == "auto":
         task = infer_task(model, options["trust_remote_code"])
     try:
@@ -139,23 +180,24 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
         )
     except Exception as error:  # damaged weights and missing libraries of quantized models fail anywhere
         hint = ", and no format but safetensors is read" if next(Path(model).glob("*.bin"), None) else ""
-        raise SCAPError(f"{_kind(model, options)} {model} cannot be loaded: {first_line(error)}{hint}") from error
-    # A head that is not there is made anew, as transformers does and says; a layer of a block is damage.
-    missing = [name for name in sorted(info["missing_keys"]) if find_role(name.rpartition(".")[0])]
-    if missing:
-        raise SCAPError(f"model {model} cannot be loaded: {len(missing)} weights are missing, such as {missing[0]}")
+        # Without the library that quantized it transformers may say anything.
+        kind = f"{quantization.get('quant_method')} model" if quantization is not None else "model"
+        raise SCAPError(f"{kind} {model} cannot be loaded: {first_line(error)}{hint}") from error
+    # Where the weights are quantized transformers' own quantizer says what belongs to them.
+    if quantization is None or quantization.get("quant_method") == QUANT_METHOD:
+        check_loaded(loaded, info, model)
     return loaded
 
 
-def _kind(model: str, options: dict[str, Any]) -> str:
-    """`model`, or what it is quantized with: without the library for that transformers may say anything."""
+def _quantization(model: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config in the config.json of `model`, if there is one."""
     from transformers import PretrainedConfig
 
     try:
-        quantized = PretrainedConfig.get_config_dict(model, **options)[0].get("quantization_config")
-    except Exception:
-        return "model"
-    return f"{quantized.get('quant_method')} model" if isinstance(quantized, dict) else "model"
+        found = PretrainedConfig.get_config_dict(model, **options)[0].get("quantization_config")
+    except Exception:  # loading the model says more
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _copy_preprocessors(model: str, output: Path, trust_remote_code: bool) -> None:

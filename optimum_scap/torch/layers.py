@@ -11,7 +11,6 @@ rest.
 
 import logging
 import types
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..config import ApplyTo
 from ..errors import SCAPError
 from ..parameters import LayerParameters
 from .kernels import sparse_linear
+from .prunable import is_fully_connected, why_dense
 
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ class GivenOutput:
 class _PrunedInput:
     """What SCAPLinear and SCAPConv1D share. The class of an existing layer becomes theirs, see `convert`.
 
-    The weights keep their name, shape and order of dimensions; in memory they lie input-channel-major, so that the
-    weights of one input channel are contiguous.
+    The weights keep their name, shape and order of dimensions. Where a kernel reads them they lie input-channel-major
+    in memory, so that the weights of one input channel are contiguous; elsewhere they lie as they did.
     """
 
     # nn.Module's part, for type checkers
@@ -100,6 +100,8 @@ class _PrunedInput:
     scap_shrinkage: float
     scap_folded_bias: Tensor | None
     _scap_folded_versions: tuple[int, ...]
+    # Whether the weights were brought into another order in memory than they had.
+    _scap_reordered: bool = False
     # What the block around the layer computes ahead, see `shared_input`; None where there is no such block.
     scap_given: "GivenOutput | None" = None
 
@@ -112,28 +114,36 @@ class _PrunedInput:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Brings the weights into input-channel-major order and folds the mode into the bias.
+        """Brings the weights into the order that the sparse operation reads and folds the mode into the bias.
 
         Called again whenever weights are loaded, moved or converted; without effect on weights that are not there (on
-        the meta device until a checkpoint is loaded, or offloaded).
+        the meta device until a checkpoint is loaded, or offloaded) or not whole (shards of FSDP and DeepSpeed).
         """
-        weight = self.output_major_weight()
-        self._scap_dtype = weight.dtype
-        self.scap_shrinkage = round_down(self.scap_threshold, weight.dtype)
-        if weight.is_meta:
+        self._scap_dtype = self.weight.dtype
+        self.scap_shrinkage = round_down(self.scap_threshold, self.weight.dtype)
+        if self.weight.is_meta or type(self.weight) is not nn.Parameter or self.weight.dim() != 2:
             self.scap_folded_bias = None
             return
         # What is made in inference mode could never be trained; a weight that was made there needs its like.
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
-            if not _is_input_major(weight):
-                self.store_input_major(weight.t().contiguous())
-                weight = self.output_major_weight()
+            self._order_weights()
+            weight = self.output_major_weight()
             if self.scap_mode == 0.0:
                 self.scap_folded_bias = None
             else:
                 folded = self.scap_mode * weight.sum(dim=1, dtype=torch.float32)
                 self.scap_folded_bias = folded if self.bias is None else folded + self.bias.float()
                 self._scap_folded_versions = self._versions()
+
+    def _order_weights(self) -> None:
+        weight = self.output_major_weight()
+        if wants_input_major(weight):
+            if not _is_input_major(weight):
+                self.store_input_major(weight.t().contiguous())
+                self._scap_reordered = True
+        elif self._scap_reordered:  # back from a GPU
+            self.weight.data = self.weight.data.contiguous()
+            self._scap_reordered = False
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
@@ -184,7 +194,9 @@ class _PrunedInput:
         if torch.is_autocast_enabled(x.device.type):  # which knows the dense product, not the sparse operation
             return False
         weight = self.output_major_weight()
-        if x.dtype != weight.dtype or x.device != weight.device or not _is_input_major(weight):
+        if x.dtype != weight.dtype or x.device != weight.device:
+            return False
+        if wants_input_major(weight) and not _is_input_major(weight):
             return False
         if self.scap_mode != 0.0:
             if self.scap_folded_bias is None:
@@ -229,6 +241,12 @@ class _PrunedInput:
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         self.prepare()
         return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        name = f"{prefix}weight"
+        if self._scap_reordered and not keep_vars and name in destination:  # safetensors takes no other order
+            destination[name] = _contiguous(destination[name])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -284,62 +302,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def is_fully_connected(module: nn.Module) -> bool:
-    """Whether `module` is a layer that can be pruned: nn.Linear or Conv1D with floating-point weights of its own."""
-    return _is_linear(module) and why_dense(module) is None
-
-
-def why_dense(module: nn.Module) -> str | None:
-    """Why a module that is an nn.Linear or Conv1D cannot be pruned; None if it can be, or is of another kind."""
-    if not _is_linear(module):
-        return None
-    weight = module._parameters.get("weight")
-    if isinstance(weight, nn.UninitializedParameter):
-        return "its weights are made by its first forward: run the model once"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weights past its forward"
-    if weight is None:
-        return "its weights are computed from others (a parametrization or weight norm)"
-    # Other classes of tensors are quantized or distributed.
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return "its weights are quantized or of a kind of their own"
-    if weight.dim() != 2:
-        return "its weights are not two-dimensional"
-    if "forward" in vars(module) and not hasattr(module, "_old_forward"):  # accelerate's are known, see `convert`
-        return "its forward was replaced"
-    cls: Any = type(module)
-    if isinstance(module, nn.Linear) and not _computes_linear(cls):
-        return f"the forward of {cls.__name__} is not that of nn.Linear"
-    return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and isinstance(module, _conv1d_class())
-
-
-@cache
-def _computes_linear(cls: Any) -> bool:
-    """Whether a class derived from nn.Linear computes just that; Falcon's does, one that scales its output not."""
-    if cls.forward is nn.Linear.forward:
-        return True
-    weight, bias, x = (torch.arange(1.0, 1.0 + n, dtype=torch.float32, device="cpu") for n in (6, 2, 12))
-    try:
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = 3, 2
-        layer.weight, layer.bias = nn.Parameter(weight.view(2, 3)), nn.Parameter(bias)
-        with torch.no_grad():
-            return torch.equal(layer(x.view(4, 3)), F.linear(x.view(4, 3), layer.weight, layer.bias))
-    except Exception:  # it needs more than a linear layer has
-        return False
-
-
-def in_features(module: nn.Module) -> int:
-    """Number of input channels of a fully connected layer."""
-    assert isinstance(module.weight, Tensor)
-    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-
-
 def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -> None:
     """Makes a fully connected layer prune its input activations, in place.
 
@@ -352,7 +314,8 @@ def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -
     if isinstance(module, _PrunedInput):
         raise SCAPError("the layer is pruned already")
     if not is_fully_connected(module):
-        raise SCAPError(f"a {type(module).__name__} with these weights cannot be pruned")
+        reason = why_dense(module) or "it is no fully connected layer"
+        raise SCAPError(f"a {type(module).__name__} cannot be pruned: {reason}")
     cls: Any = SCAPLinear if isinstance(module, nn.Linear) else scap_conv1d_class()
     module.__class__ = cls
     module.scap_parameters = parameters  # type: ignore[assignment]
@@ -383,6 +346,18 @@ def _version(value: Tensor) -> int:
         return value._version
     except RuntimeError:  # made in inference mode
         return 0
+
+
+def wants_input_major(weight: Tensor) -> bool:
+    """Whether the sparse operation reads these weights one input channel at a time: a kernel does, plain torch not."""
+    return weight.is_cuda
+
+
+def _contiguous(weight: Tensor) -> Tensor:
+    try:
+        return weight.contiguous()
+    except torch.OutOfMemoryError:  # all copies together may not fit beside the model
+        return weight.cpu().contiguous()
 
 
 def _is_input_major(weight: Tensor) -> bool:

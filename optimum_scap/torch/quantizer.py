@@ -69,6 +69,8 @@ class SCAPQuantizer(HfQuantizer):
         for module in pruned_layers(model).values():
             module.prepare()  # type: ignore[operator]
         _mark_as_float(model)
+        # With it save_pretrained would ignore the state_dict that it is given, as FSDP and DeepSpeed give it.
+        model.hf_quantizer = None  # type: ignore[assignment]
         return model
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
@@ -87,7 +89,6 @@ def attach_quantizer(model: nn.Module, parameters: SCAPParameters) -> None:
     """Gives a model that was sparsified in memory what `from_pretrained` gives one that is loaded."""
     register()
     config = SCAPQuantizationConfig(parameters)
-    model.hf_quantizer = SCAPQuantizer(config)  # type: ignore[assignment]
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     _mark_as_float(model)

@@ -1,0 +1,160 @@
+"""What keeps a model from being saved, found before a calibration is spent on it, and saving itself."""
+
+import copy
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import SCAPError, first_line
+from .wrappers import has_adapters
+
+
+logger = logging.getLogger(__name__)
+
+_MIB = 2**20
+_GENERATION_CONFIG = "generation_config.json"
+# How safetensors, which is written in Rust, says that a disk or a quota is full.
+_FULL = re.compile(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)")
+
+
+def is_from_transformers(model: nn.Module) -> bool:
+    """Whether `model` is a model of transformers; diffusers and others have a `save_pretrained` of their own."""
+    cls = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return cls is not None and isinstance(model, cls)
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Checks all that `save_pretrained` of a transformers model refuses to write; other models pass.
+
+    Raises:
+        SCAPError: naming what is wrong and what to do.
+    """
+    if not is_from_transformers(model):
+        return
+    problem = generation_config_problem(model)
+    if problem is not None:
+        raise SCAPError(f"the model could not be saved: its generation_config is invalid: {problem}")
+    try:
+        _check_config(copy.deepcopy(model.config))
+        _check_tied_weights(model)
+    except Exception as error:  # configs and models bring checks of their own
+        raise SCAPError(f"a {type(model).__name__} could not be saved: {first_line(error)}") from error
+
+
+def generation_config_problem(model: Any) -> str | None:
+    """Why the generation config of `model` cannot be saved, with transformers' advice, or None if it can be.
+
+    transformers reads what it does not write: Llama 2's `temperature` without `do_sample`, for one.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or not model.can_generate():
+        return None
+    try:
+        config.validate(strict=True)
+        config.to_json_string(keys_to_pop=["compile_config"])
+    except (ValueError, TypeError, AttributeError) as error:
+        issues = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        return " ".join(issues) or first_line(error)
+    return None
+
+
+@contextmanager
+def valid_generation_config(model: Any) -> Iterator[bool]:
+    """`model` with a generation config that can be saved: its own, but for the fields that keep it from that.
+
+    Yields:
+        Whether it is another than the model's own, which is put back in the end.
+    """
+    problem = generation_config_problem(model)
+    if problem is None:
+        yield False
+        return
+    own = model.generation_config
+    model.generation_config = _without(own, re.findall(r"`(\w+)`:", problem))
+    if generation_config_problem(model) is not None:
+        model.generation_config = type(own).from_model_config(model.config)
+    try:
+        yield True
+    finally:
+        model.generation_config = own
+
+
+def bytes_to_save(model: nn.Module) -> int:
+    """How large the weights of `model` are on disk; those that several layers share count once."""
+    tensors = {
+        id(value): value for value in model.state_dict(keep_vars=True).values() if hasattr(value, "element_size")
+    }
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Checks that `folder` can be written to and that `needed` bytes fit on its disk.
+
+    Raises:
+        SCAPError: saying how much is free and how much is needed.
+    """
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise SCAPError(f"output folder {folder} does not exist or cannot be written to")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SCAPError(f"no space left on {folder} ({free / _MIB:.0f} MiB free, {needed / _MIB:.0f} MiB needed)")
+
+
+@contextmanager
+def saving_to(folder: Path) -> Iterator[None]:
+    """Turns whatever goes wrong while a model is written to `folder` into a SCAPError."""
+    try:
+        yield
+    except Exception as error:  # safetensors, transformers, tokenizers, and code that a model brings
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
+            free = shutil.disk_usage(folder).free
+            raise SCAPError(f"no space left on {folder} ({free / _MIB:.0f} MiB free)") from error
+        raise SCAPError(f"the model could not be written to {folder}: {first_line(error)}") from error
+
+
+def keep_generation_config(model: str, output: Path, options: dict[str, Any]) -> None:
+    """Puts the generation_config.json of `model`, a folder or a hub id, into `output` as it is."""
+    from transformers.utils.hub import cached_file
+
+    known = {name: options[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in options}
+    found = cached_file(model, _GENERATION_CONFIG, _raise_exceptions_for_missing_entries=False, **known)
+    if found is not None:
+        shutil.copyfile(found, output / _GENERATION_CONFIG)
+
+
+def _without(config: Any, fields: list[str]) -> Any:
+    default = type(config)()
+    changed = copy.deepcopy(config)
+    for name in fields:
+        setattr(changed, name, getattr(default, name, None))
+    return changed
+
+
+def _check_config(config: Any) -> None:
+    """What save_pretrained of a config does before it writes."""
+    parameters: Any = getattr(config, "_get_generation_parameters", dict)()
+    if parameters:
+        raise ValueError(f"config holds {', '.join(parameters)}, which belong into generation_config")
+    if hasattr(config, "validate"):
+        config.validate()
+    config.to_json_string()
+
+
+def _check_tied_weights(model: Any) -> None:
+    """safetensors holds no tensor twice: which of two names stays must be known."""
+    weights = list(model.parameters())
+    # Adapters are merged before; shards share memory that is not theirs.
+    if has_adapters(model) or any(type(weight) is not nn.Parameter or weight.numel() == 0 for weight in weights):
+        return
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    remove_tied_weights_from_state_dict(model.state_dict(), model)
