@@ -1,6 +1,7 @@
 """Space on the disk that is written to: asked for before work begins, and named when it was too little."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from .errors import SCAPError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What libraries make of it that keep no number: Rust's (safetensors, tokenizers), shutil's lists of files, linkers.
-_SAYS_DISK_FULL = ("no space left on device", "(os error 28)", "disk quota exceeded")
+_SAYS_DISK_FULL = (
+    "no space left on device",
+    "disk quota exceeded",
+    *(f"(os error {number})" for number in _DISK_FULL),
+)
 # C++ streams (OpenVINO's) do not tell why they failed: it is this if hardly anything is free.
 _HARDLY_ANYTHING = 1 << 20
 
@@ -43,11 +48,13 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Checks that `needed` bytes fit on the disk of `folder`.
+    """Checks that `folder` can be written to and that `needed` bytes fit on its disk.
 
     Raises:
-        DiskFullError: if not.
+        SCAPError: if not, a DiskFullError if it is the space.
     """
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise SCAPError(f"output folder {folder} does not exist or cannot be written to")
     if free_bytes(folder) < needed:
         raise DiskFullError(folder, needed)
 
@@ -60,4 +67,4 @@ def free_bytes(folder: Path) -> int:
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**20:.0f} MiB"

@@ -60,12 +60,14 @@ def _export_sparse(command: Any, export: Any) -> None:
         _check_is_dense(args.model)
 
         # Imports torch and openvino: only once the cheap checks have passed.
+        from ..checkpoint import check_checkpoint
         from ..openvino.dataset import check_dataset_name
         from ..openvino.folder import fuse_folder, sparsify_folder
         from ..tasks import infer_task
 
         if isinstance(what, SCAPConfig):
             check_dataset_name(what.dataset)
+        check_checkpoint(args.model)
         if args.task == "auto" and Path(args.model).is_dir():
             args.task = infer_task(args.model, args.trust_remote_code)
         with parameters_kept(args, what) as keep, staged_output(output) as staging:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..checkpoint import check_loaded, check_quantization_method
 from ..config import SCAPConfig
+from ..disk import check_space
 from ..errors import SCAPError, first_line
 from ..parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
 from ..roles import SHARED_INPUTS, find_role
@@ -132,7 +133,6 @@ def export_checkpoint(
     from .saving import (
         bytes_to_save,
         check_can_be_saved,
-        check_space,
         keep_generation_config,
         saving_to,
         valid_generation_config,

@@ -1,9 +1,7 @@
 """What keeps a model from being saved, found before a calibration is spent on it, and saving itself."""
 
 import copy
-import errno
 import logging
-import os
 import re
 import shutil
 import sys
@@ -14,16 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from ..disk import DiskFullError, is_disk_full
 from ..errors import SCAPError, first_line
 from .wrappers import has_adapters
 
 
 logger = logging.getLogger(__name__)
 
-_MIB = 2**20
 _GENERATION_CONFIG = "generation_config.json"
-# How safetensors, which is written in Rust, says that a disk or a quota is full.
-_FULL = re.compile(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)")
 
 
 def is_from_transformers(model: nn.Module) -> bool:
@@ -96,28 +92,14 @@ def bytes_to_save(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Checks that `folder` can be written to and that `needed` bytes fit on its disk.
-
-    Raises:
-        SCAPError: saying how much is free and how much is needed.
-    """
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise SCAPError(f"output folder {folder} does not exist or cannot be written to")
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SCAPError(f"no space left on {folder} ({free / _MIB:.0f} MiB free, {needed / _MIB:.0f} MiB needed)")
-
-
 @contextmanager
 def saving_to(folder: Path) -> Iterator[None]:
     """Turns whatever goes wrong while a model is written to `folder` into a SCAPError."""
     try:
         yield
     except Exception as error:  # safetensors, transformers, tokenizers, and code that a model brings
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
-            free = shutil.disk_usage(folder).free
-            raise SCAPError(f"no space left on {folder} ({free / _MIB:.0f} MiB free)") from error
+        if is_disk_full(error, folder):
+            raise DiskFullError(folder) from error
         raise SCAPError(f"the model could not be written to {folder}: {first_line(error)}") from error
 
 

@@ -154,7 +154,7 @@ def test_space_is_asked_for_before_calibration(tiny: Path, tmp_path: Path, monke
         more = () if command[1] == "fuse" else (*CALIBRATION, tiny / "text.txt")
         result = optimum_cli_in_process(*command, tmp_path / "OUT", *more)
         assert result.returncode == 1, result.stderr
-        assert f"error: no space left on {tmp_path} (0.1 MiB free, " in result.stderr and "needed)" in result.stderr
+        assert f"error: no space left on {tmp_path} (0 MiB free, " in result.stderr and "needed)" in result.stderr
         assert "calibration" not in result.stderr.lower()
     assert not list(tmp_path.iterdir())
 
