@@ -21,12 +21,14 @@ from ..calibration import (
 )
 from ..config import RoleTarget, SCAPConfig, describe_validation_error
 from ..errors import SCAPError
+from ..measuring import SkippedChannels
+from ..padding import Padding
 from ..parameters import LayerParameters, SCAPParameters
 from ..progress import length, run_over
 from ..roles import ROLES, module_path
 from .graph import FullyConnected, find_fully_connected
 from .inference import Runner, model_with_outputs
-from .threshold_ops import find_threshold_ops, insert_adjustable_ops, insert_threshold_ops, pruned_fractions
+from .threshold_ops import ThresholdOps, find_threshold_ops, insert_adjustable_ops, insert_threshold_ops
 
 
 logger = logging.getLogger(__name__)
@@ -174,15 +176,38 @@ def read_parameters(model: ov.Model) -> SCAPParameters | None:
 
 
 def measure_sparsity(model: ov.Model, samples: Iterable[Any], total: int | None = None) -> dict[str, float]:
-    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path."""
+    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path.
+
+    Every token counts alike, padding not at all; a layer that no token reaches is left out. Of a layer that is pruned
+    in decode only, the fraction that decoding the same tokens one by one would prune.
+
+    Raises:
+        SCAPError: if there are no samples, or the model cannot run on one.
+    """
     ops = find_threshold_ops(clone := model.clone())
     if not ops:
         return {}
-    run = Runner(model_with_outputs(clone, pruned_fractions(ops)))
-    batches: list[list[float]] = []
-    run_over(samples, lambda sample: batches.append([value.item() for value in run(sample)]), total, "Sparsity")
-    means = np.mean(np.array(batches), axis=0)
-    return {match.layer.path: float(mean) for match, mean in zip(ops, means, strict=True)}
+    run = Runner(model_with_outputs(clone, [_pruned_by_token(match) for match in ops]))
+    skipped = SkippedChannels()
+
+    def measure(sample: Any) -> None:
+        inputs = run.inputs_by_name(sample)
+        padding = Padding(inputs)
+        for match, by_token in zip(ops, run(inputs), strict=True):
+            rows = padding.kept_rows(match.layer.path, (*by_token.shape, match.layer.in_features))
+            values = by_token.reshape(-1) if rows is None else by_token.reshape(-1)[rows]
+            skipped.add(match.layer.path, float(values.sum(dtype=np.float64)), values.size)
+
+    if run_over(samples, measure, total, "Sparsity") == 0:
+        raise SCAPError("the dataset to measure sparsity on is empty")
+    return skipped.fractions()
+
+
+def _pruned_by_token(match: ThresholdOps) -> ov.Output:
+    """The fraction of input channels that is pruned of each token: `[...]` for activations `[..., channels]`."""
+    magnitude = match.mask.get_node().input_value(0)
+    pruned = opset.convert(opset.less_equal(magnitude, opset.constant(np.float32(match.threshold))), "f32")
+    return opset.reduce_mean(pruned, opset.constant(np.array([-1], dtype=np.int64))).output(0)
 
 
 def named_layers(model: ov.Model) -> list[FullyConnected]:
@@ -235,26 +260,15 @@ class _Collector:
         self._run.set_fixed_inputs(inputs)
 
         def collect(sample: Any) -> None:
-            for site, activations in zip(self._sites, self._run(sample), strict=True):
-                visit(site.key, without_padding(activations, sample))
+            named = self._run.inputs_by_name(sample)
+            padding = Padding(named)
+            for site, activations in zip(self._sites, self._run(named), strict=True):
+                rows = padding.kept_rows(site.layers[0], activations.shape)
+                visit(site.key, activations if rows is None else activations.reshape(-1, activations.shape[-1])[rows])
 
         limit = None if self._total is None else max(1, math.ceil(self._total * fraction))
         if run_over(self._samples, collect, self._total, description, limit) == 0:
             raise SCAPError("the calibration dataset is empty")
-
-
-def without_padding(activations: np.ndarray, sample: Any) -> np.ndarray:
-    """`activations` `[batch, tokens, channels]` without the tokens that the sample's attention mask marks as padding.
-
-    Returned unchanged when there is no mask of this shape; else `[kept tokens, channels]`.
-    """
-    mask = sample.get("attention_mask") if isinstance(sample, dict) else None
-    if mask is None:
-        return activations
-    mask = np.asarray(mask)
-    if mask.all() or activations.shape[:-1] != mask.shape:
-        return activations
-    return activations[mask.astype(bool)]
 
 
 def _scalar_parameter(name: str) -> ov.Node:
