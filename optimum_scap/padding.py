@@ -128,7 +128,7 @@ def _key_mask(value: Any) -> "NDArray[np.bool_] | None":
     if mask.dtype.kind not in "biuf" or not 1 <= mask.ndim <= 4:
         return None
     if mask.dtype.kind == "f" and (mask.ndim > 2 or (mask < 0).any()):
-        mask = mask > -1e3  # added to the scores: 0, or a large negative number
+        mask = np.asarray(mask > -1e3)  # added to the scores: 0, or a large negative number
     mask = mask.astype(bool)
     if mask.ndim > 2:  # [batch, heads, queries, keys]: what no token looks at is padding
         mask = mask.any(axis=tuple(range(1, mask.ndim - 1)))

@@ -111,14 +111,8 @@ class _Again:
 
 
 def _read_samples(dataset: Iterable[Any], iterator: Iterator[Any]) -> tuple[Iterable[str] | None, Iterable[Any]]:
-    gaps = []
-    for first in iterator:
-        if first is not None:
-            break
-        gaps.append(first)
-    else:
-        return None, ()
-    remaining = chain([*gaps, first], iterator)
+    first = next((sample for sample in iterator if sample is not None), None)
+    remaining = chain([] if first is None else [first], iterator)
     if _strings_in(first) is not None:
         return _documents(remaining), ()
     return None, list(remaining) if isinstance(dataset, Iterator) else dataset
