@@ -24,8 +24,7 @@ def longest_sequence(config: Any, tokenizer: Any = None) -> int | None:
         config: the model's configuration, of transformers or of a kind of its own; None if it has none.
         tokenizer: its tokenizer, which may know of a limit that the configuration of an unknown model hides.
     """
-    limits = [*_limits(config), getattr(tokenizer, "model_max_length", None)]
-    return min((limit for limit in limits if _is_count(limit)), default=None)
+    return min([*_limits(config), *_count(tokenizer, "model_max_length")], default=None)
 
 
 def clamp_length(wanted: int, config: Any, tokenizer: Any = None) -> int:
@@ -35,8 +34,8 @@ def clamp_length(wanted: int, config: Any, tokenizer: Any = None) -> int:
 
 
 def _limits(config: Any) -> list[int]:
-    found = [value for name in _LIMITS if _is_count(value := getattr(config, name, None))][:1]
-    found += [value for name in _ENCODER_DECODER_LIMITS if _is_count(value := getattr(config, name, None))]
+    found = [limit for name in _LIMITS for limit in _count(config, name)][:1]
+    found += [limit for name in _ENCODER_DECODER_LIMITS for limit in _count(config, name)]
     # T5's positions are relative; its config.json may hold a number of positions all the same.
     if getattr(config, "relative_attention_num_buckets", None) and not hasattr(config, "max_position_embeddings"):
         found = []
@@ -50,5 +49,9 @@ def _limits(config: Any) -> list[int]:
     return found
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _NO_LIMIT
+def _count(owner: Any, name: str) -> list[int]:
+    """The attribute, if it is a number of tokens."""
+    value = getattr(owner, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _NO_LIMIT:
+        return []
+    return [value]

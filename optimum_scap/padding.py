@@ -124,11 +124,11 @@ def _key_mask(value: Any) -> "NDArray[np.bool_] | None":
     """`[batch, tokens]`, true for real tokens, from any form that attention layers take; None if none is padding."""
     if value is None or isinstance(value, Mapping):  # Gemma 2 and others take a mask per kind of layer
         return None
-    mask = as_array(value)
+    mask: Any = as_array(value)
     if mask.dtype.kind not in "biuf" or not 1 <= mask.ndim <= 4:
         return None
     if mask.dtype.kind == "f" and (mask.ndim > 2 or (mask < 0).any()):
-        mask = np.asarray(mask > -1e3)  # added to the scores: 0, or a large negative number
+        mask = mask > -1e3  # added to the scores: 0, or a large negative number
     mask = mask.astype(bool)
     if mask.ndim > 2:  # [batch, heads, queries, keys]: what no token looks at is padding
         mask = mask.any(axis=tuple(range(1, mask.ndim - 1)))

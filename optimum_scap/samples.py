@@ -161,7 +161,7 @@ def _read_table(
     if first is None:
         raise SCAPError("the calibration dataset is empty: the table has no rows")
     known = input_names or (*_MAIN_INPUTS, *_FURTHER_INPUTS)
-    kept = [name for name in columns if name in known]
+    kept = [name for name in columns if name in known and not isinstance(first.get(name), str)]
     if any(name not in (*_FURTHER_INPUTS, "labels", "label") for name in kept):
         return None, [_row_inputs(row, kept) for row in islice(table, num_samples)]
     # The first rows may have gaps.

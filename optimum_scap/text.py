@@ -2,23 +2,29 @@
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import SCAPConfig
 from .errors import SCAPError, first_line, interruption_behind, printable
+from .lengths import longest_sequence
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 # Characters read per token wanted; a token of any usual vocabulary is shorter, and the rest lets windows spread out.
 _CHARACTERS_PER_TOKEN = 32
+_GENERATED_TOKENS = 32
 _ROWS_AT_ONCE = 256
 _CHARACTERS_AT_ONCE = 1 << 16
 
@@ -213,10 +219,12 @@ def load_tokenizer(source: Any, trust_remote_code: bool) -> Any:
     """`source` if it is a tokenizer, else the one that is there.
 
     Raises:
-        SCAPError: if none can be loaded.
+        SCAPError: if none can be loaded, or `source` is None or empty.
     """
     from transformers import AutoTokenizer
 
+    if source is None or source == "":
+        raise SCAPError("the dataset is text, and the model does not say where its tokenizer is: pass tokenizer=")
     if not isinstance(source, str | Path):
         return source
     try:
@@ -240,7 +248,7 @@ def token_windows(
     Args:
         path: see `read_documents`; documents are joined by blank lines.
         tokenizer: adds its special tokens to every window.
-        num_samples: how many windows; fewer are returned if the file is too small for so many.
+        num_samples: how many windows; fewer are returned, with a warning, if the file is too small for so many.
         seq_len: tokens per window, special tokens included.
 
     Returns:
@@ -250,7 +258,64 @@ def token_windows(
         SCAPError: if the file cannot be read, is empty, or holds less than one window.
     """
     documents = read_documents(path, num_samples * seq_len * _CHARACTERS_PER_TOKEN)
-    return cut_into_windows(documents, tokenizer, num_samples, seq_len, f"dataset file {path}")
+    source = f"dataset file {printable(str(path), 1000)}"
+    return cut_into_windows(documents, tokenizer, num_samples, seq_len, source)
+
+
+def check_dataset_name(name: str) -> None:
+    """Checks that `name` is `auto`, an existing file, or a name that optimum-intel's dataset helper knows.
+
+    Raises:
+        SCAPError: otherwise, listing what can be used.
+    """
+    if is_text_file(name):
+        check_text_file(name)
+    elif name != "auto":
+        try:
+            from .openvino.dataset import KNOWN_DATASETS
+        except ImportError as error:
+            raise SCAPError(
+                f"dataset {printable(name)!r} is not a file, and datasets by name need optimum-intel: pip install "
+                '"optimum-scap[openvino]", or use auto, a .txt, .jsonl, .json or .parquet file'
+            ) from error
+        if name.partition(":")[0] not in KNOWN_DATASETS:
+            raise SCAPError(
+                f"dataset {printable(name)!r} is neither a file nor a name that optimum-intel knows; use auto, a "
+                f".txt, .jsonl, .json or .parquet file, or one of {', '.join(KNOWN_DATASETS)}"
+            )
+
+
+def generated_samples(model: Any, tokenizer: Any, config: SCAPConfig) -> list[dict[str, list[int]]]:
+    """The dataset `auto`: texts that `model` writes itself, as tokenizer outputs, each of its own length.
+
+    Args:
+        model: a model of transformers or optimum-intel that generates text.
+        tokenizer: its tokenizer.
+        config: number and seed of the samples.
+
+    Raises:
+        SCAPError: if nncf is missing or the model does not generate text.
+    """
+    try:
+        from nncf.data import generate_text_data
+    except ImportError as error:
+        raise SCAPError(
+            "dataset auto (text that the model generates) needs nncf: pip install nncf, or use a .txt, .jsonl, "
+            ".json or .parquet file"
+        ) from error
+    from transformers import GenerationMixin, set_seed
+
+    if not isinstance(model, GenerationMixin):
+        raise SCAPError(
+            f"dataset auto needs a model that generates text, a {type(model).__name__} does not; use a local .txt, "
+            ".jsonl, .json or .parquet file, or pass a dataset of model inputs"
+        )
+    longest = longest_sequence(getattr(model, "config", None), tokenizer)
+    # It starts with half as many tokens and writes up to one and a half times as many.
+    length = _GENERATED_TOKENS if longest is None else max(2, min(_GENERATED_TOKENS, longest * 2 // 3))
+    set_seed(config.seed % 2**32)
+    texts = generate_text_data(model, tokenizer, seq_len=length, dataset_size=config.num_samples)
+    return [dict(tokenizer(text, truncation=longest is not None, max_length=longest)) for text in texts]
 
 
 def cut_into_windows(
@@ -279,6 +344,14 @@ def cut_into_windows(
             "ask for shorter samples"
         )
     count = min(num_samples, len(windows))
+    if count < num_samples:
+        logger.warning(
+            "%s holds only %d samples of %d tokens, %d were asked for; calibrating on those",
+            source,
+            count,
+            seq_len,
+            num_samples,
+        )
     return [windows[index * len(windows) // count] for index in range(count)]
 
 
