@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset, DatasetDict, IterableDataset
-from optimum.intel import OVModelForCausalLM
+from optimum.intel import OVModelForCausalLM, OVModelForMaskedLM
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer, words
 from torch.utils.data import DataLoader
 
 from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
+from optimum_scap.openvino.dataset import _with_length
 from optimum_scap.openvino.dataset import build_samples as build_openvino_samples
 from optimum_scap.torch.dataset import build_samples as build_torch_samples
 
@@ -180,3 +181,60 @@ def test_long_samples_are_cut_to_what_the_model_takes(openvino_model: Any, tmp_p
         (tmp_path / "a.txt").write_text(words(0, 1000))
         torch_samples, openvino_samples = both(openvino_model, lambda data=data: data, config)
         assert [sample["input_ids"].shape for sample in (*torch_samples, *openvino_samples)] == [(1, 256)] * 4
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+LIMITED: dict[str, Any] = {
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, intermediate_size=32, max_position_embeddings=24)),
+    "roberta": lambda: tf.RobertaForMaskedLM(
+        tf.RobertaConfig(**SMALL, intermediate_size=32, max_position_embeddings=26)
+    ),
+    "opt": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=24, word_embed_proj_dim=16)
+    ),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=24)),
+    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=128, d_model=16, n_layers=1, n_heads=2, max_seq_len=24)),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_calibration_on_the_longest_samples_that_a_model_takes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(words(0, 200))
+    model, config = LIMITED[name]().eval(), SCAPConfig.from_spec("0.4", num_samples=4)
+    samples = build_torch_samples(model, config, str(tmp_path / "a.txt"), tiny_tokenizer())
+    assert [sample["input_ids"].shape for sample in samples] == [(1, 24)] * 4
+    sparsify_activations(model, config, str(tmp_path / "a.txt"), tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITED)
+def test_the_same_for_openvino(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(words(0, 200))
+    LIMITED[name]().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    cls = OVModelForMaskedLM if "bert" in name else OVModelForCausalLM
+    model, config = cls.from_pretrained(tmp_path / "model", export=True, compile=False), CONFIG
+    samples = build_openvino_samples(model, config.model_copy(update={"seq_len": 256}), str(tmp_path / "a.txt"))
+    assert [np.asarray(sample["input_ids"]).shape for sample in samples["model"]] == [(1, 24)] * 4
+    sparsify_activations(model, config.model_copy(update={"seq_len": 256}), str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wikitext2", "wikitext2:seq_len=24"),
+        ("wikitext2:seq_len=1000", "wikitext2:seq_len=24"),
+        ("wikitext2:seq_len = 12", "wikitext2:seq_len=12"),
+        ("wikitext2:length=12", "wikitext2:length=12"),
+    ],
+)
+def test_named_datasets_are_cut_too(name: str, expected: str) -> None:
+    assert _with_length(name, 256, LIMITED["roberta"]().config, tiny_tokenizer()) == expected
+
+
+def test_text_that_a_model_writes_fits_too() -> None:
+    model, config = LIMITED["gpt2"]().eval(), SCAPConfig.from_spec("0.4", num_samples=3)
+    for sample in build_torch_samples(model, config, "auto", tiny_tokenizer()):
+        assert 0 < sample["input_ids"].shape[1] <= 24
+    with pytest.raises(SCAPError, match="auto needs a model that generates text, a BertForMaskedLM does not"):
+        build_torch_samples(LIMITED["bert"](), config, "auto", tiny_tokenizer())

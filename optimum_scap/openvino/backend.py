@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
-from pydantic import ValidationError
 
 from .. import __version__
 from ..calibration import (
@@ -19,11 +18,11 @@ from ..calibration import (
     check_patterns,
     select_targets,
 )
-from ..config import RoleTarget, SCAPConfig, describe_validation_error
-from ..errors import SCAPError
+from ..config import RoleTarget, SCAPConfig
+from ..errors import SCAPError, printable
 from ..measuring import SkippedChannels
 from ..padding import Padding
-from ..parameters import LayerParameters, SCAPParameters
+from ..parameters import LayerParameters, SCAPParameters, parameters_from_json
 from ..progress import length, run_over
 from ..roles import ROLES, module_path
 from .graph import FullyConnected, find_fully_connected
@@ -78,12 +77,12 @@ def apply_parameters(models: Mapping[str, ov.Model], parameters: SCAPParameters)
     Raises:
         SCAPError: if a model is sparse already or none of them has a layer that `parameters` name; nothing is changed.
     """
-    layers = check_models(models, parameters.config)
+    layers = _layers_of_dense_models(models)
     missing = [path for path in parameters.layers if not any(path in named for named in layers.values())]
     if missing:
-        known = next(iter(next(iter(layers.values()))), "none")
+        known = next(iter(next(named for named in layers.values() if named)))
         raise SCAPError(
-            f"layer {missing[0]} does not exist in the model (nor do {len(missing) - 1} others of "
+            f"layer {printable(missing[0])} does not exist in the model (nor do {len(missing) - 1} others of "
             f"{len(parameters.layers)}); the model has, for example, {known}"
         )
     for name, named in layers.items():
@@ -115,13 +114,8 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
     Raises:
         SCAPError: if a model is sparse already, or nothing in any of them matches the config.
     """
-    for name, model in models.items():
-        if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
-            raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
-    layers = {name: {layer.path: layer for layer in named_layers(model)} for name, model in models.items()}
+    layers = _layers_of_dense_models(models)
     everything = {path: layer for named in layers.values() for path, layer in named.items()}
-    if not everything:
-        raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
     check_patterns(everything, config)
     present = {layer.role for layer in everything.values() if layer.role}
     has_experts = any(
@@ -141,6 +135,16 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
     for role in config.targets:
         if role not in present:
             logger.info("the model has no layer of role %s", role)
+    return layers
+
+
+def _layers_of_dense_models(models: Mapping[str, ov.Model]) -> dict[str, dict[str, FullyConnected]]:
+    for name, model in models.items():
+        if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
+            raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
+    layers = {name: {layer.path: layer for layer in named_layers(model)} for name, model in models.items()}
+    if not any(layers.values()):
+        raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
     return layers
 
 
@@ -169,10 +173,7 @@ def read_parameters(model: ov.Model) -> SCAPParameters | None:
     """
     if not model.has_rt_info(_RT_INFO):
         return None
-    try:
-        return SCAPParameters.model_validate_json(model.get_rt_info(_RT_INFO).astype(str))
-    except ValidationError as error:
-        raise SCAPError(f"the model's SCAP parameters are damaged: {describe_validation_error(error)}") from error
+    return parameters_from_json(model.get_rt_info(_RT_INFO).astype(str), "the model's SCAP parameters")
 
 
 def measure_sparsity(model: ov.Model, samples: Iterable[Any], total: int | None = None) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Calibration and threshold operations on small IRs, against numpy."""
 
+import json
+
 import numpy as np
 import openvino as ov
 import pytest
@@ -360,3 +362,55 @@ def test_samples_may_be_arrays_or_an_nncf_dataset() -> None:
     arrays = sparsify_activations(gated_ffn(), CONFIG, [sample["x"] for sample in data])
     dataset = sparsify_activations(gated_ffn(), CONFIG, nncf.Dataset(data))
     assert read_parameters(arrays) == read_parameters(dataset)
+
+
+def test_what_comes_with_parameters_is_not_acted_on(tmp_path) -> None:
+    """Patterns and the dataset say where parameters are from; the layers they are for are named by their paths."""
+    dense, config = gated_ffn(), SCAPConfig.from_spec("up=0.5", include=("elsewhere",), exclude=("proj",))
+    config = config.model_copy(update={"dataset": str(tmp_path / "missing.txt")})
+    layer = LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
+    layers = {"model.layers.0.mlp.up_proj": layer}
+    parameters = SCAPParameters(version="1", config=config, layers=layers)
+    assert read_parameters(sparsify_activations(dense, parameters)) == parameters
+    with pytest.raises(SCAPError, match="already holds SCAP"):
+        sparsify_activations(dense, parameters)
+    unknown = parameters.model_copy(update={"layers": {"a\nb": layer}})
+    with pytest.raises(SCAPError, match=r"layer a\\nb does not exist in the model .* has, for example, model\.layers"):
+        sparsify_activations(gated_ffn(), unknown)
+    x = opset.parameter([1, 3], np.float32)
+    with pytest.raises(SCAPError, match="has no fully connected layer"):
+        sparsify_activations(ov.Model([opset.result(opset.relu(x))], [x], "relu"), parameters)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 110))]
+)
+def test_damaged_rt_info(seed: int) -> None:
+    from test_parameters import OURS, damaged
+
+    model = gated_ffn(blocks=1)
+    content = damaged(json.dumps(OURS).encode(), seed).decode("utf-8", "replace")
+    model.set_rt_info(content, ["optimum_scap", "parameters"])
+    try:
+        found = read_parameters(model)
+    except SCAPError as error:
+        assert "the model's SCAP parameters" in str(error) and "\n" not in str(error)
+    else:
+        assert found is not None and SCAPParameters.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "message"),
+    [
+        ("", ["parameters"], "parameters cannot be read: Expecting value"),
+        ("[]", ["parameters"], "parameters are damaged: "),
+        ("x", ["parameters", "deeper"], "parameters cannot be read"),
+        ('{"layers": {}, "layers": {}}', ["parameters"], "parameters: layers is given twice"),
+        ("[" * 100_000, ["parameters"], "parameters cannot be read"),
+    ],
+)
+def test_rt_info_of_other_kinds(value: str, path: list[str], message: str) -> None:
+    model = gated_ffn(blocks=1)
+    model.set_rt_info(value, ["optimum_scap", *path])
+    with pytest.raises(SCAPError, match=message):
+        read_parameters(model)
