@@ -17,7 +17,7 @@ from tiny_tokenizer import tiny_tokenizer, words
 from torch.utils.data import DataLoader
 
 from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
-from optimum_scap.openvino.dataset import _with_length
+from optimum_scap.openvino import dataset as openvino_dataset
 from optimum_scap.openvino.dataset import build_samples as build_openvino_samples
 from optimum_scap.torch.dataset import build_samples as build_torch_samples
 
@@ -184,57 +184,88 @@ def test_long_samples_are_cut_to_what_the_model_takes(openvino_model: Any, tmp_p
 
 
 SMALL = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+# The exporter of optimum-intel traces with 32 tokens.
 LIMITED: dict[str, Any] = {
-    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, intermediate_size=32, max_position_embeddings=24)),
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, intermediate_size=32, max_position_embeddings=40)),
     "roberta": lambda: tf.RobertaForMaskedLM(
-        tf.RobertaConfig(**SMALL, intermediate_size=32, max_position_embeddings=26)
+        tf.RobertaConfig(**SMALL, intermediate_size=32, max_position_embeddings=42)
     ),
     "opt": lambda: tf.OPTForCausalLM(
-        tf.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=24, word_embed_proj_dim=16)
+        tf.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=40, word_embed_proj_dim=16)
     ),
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=24)),
-    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=128, d_model=16, n_layers=1, n_heads=2, max_seq_len=24)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=40)),
+    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=128, d_model=16, n_layers=1, n_heads=2, max_seq_len=40)),
 }
 
 
 @pytest.mark.parametrize("name", LIMITED)
 def test_calibration_on_the_longest_samples_that_a_model_takes(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(words(0, 200))
+    (tmp_path / "a.txt").write_text(words(0, 400))
     model, config = LIMITED[name]().eval(), SCAPConfig.from_spec("0.4", num_samples=4)
     samples = build_torch_samples(model, config, str(tmp_path / "a.txt"), tiny_tokenizer())
-    assert [sample["input_ids"].shape for sample in samples] == [(1, 24)] * 4
+    assert [sample["input_ids"].shape for sample in samples] == [(1, 40)] * 4
     sparsify_activations(model, config, str(tmp_path / "a.txt"), tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITED)
 def test_the_same_for_openvino(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(words(0, 200))
+    (tmp_path / "a.txt").write_text(words(0, 400))
     LIMITED[name]().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     cls = OVModelForMaskedLM if "bert" in name else OVModelForCausalLM
     model, config = cls.from_pretrained(tmp_path / "model", export=True, compile=False), CONFIG
     samples = build_openvino_samples(model, config.model_copy(update={"seq_len": 256}), str(tmp_path / "a.txt"))
-    assert [np.asarray(sample["input_ids"]).shape for sample in samples["model"]] == [(1, 24)] * 4
+    assert [np.asarray(sample["input_ids"]).shape for sample in samples["model"]] == [(1, 40)] * 4
     sparsify_activations(model, config.model_copy(update={"seq_len": 256}), str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("wikitext2", "wikitext2:seq_len=24"),
-        ("wikitext2:seq_len=1000", "wikitext2:seq_len=24"),
+        ("wikitext2", "wikitext2:seq_len=40"),
+        ("wikitext2:seq_len=1000", "wikitext2:seq_len=40"),
         ("wikitext2:seq_len = 12", "wikitext2:seq_len=12"),
         ("wikitext2:length=12", "wikitext2:length=12"),
     ],
 )
 def test_named_datasets_are_cut_too(name: str, expected: str) -> None:
-    assert _with_length(name, 256, LIMITED["roberta"]().config, tiny_tokenizer()) == expected
+    assert openvino_dataset._with_length(name, 256, LIMITED["roberta"]().config, tiny_tokenizer()) == expected
 
 
 def test_text_that_a_model_writes_fits_too() -> None:
     model, config = LIMITED["gpt2"]().eval(), SCAPConfig.from_spec("0.4", num_samples=3)
     for sample in build_torch_samples(model, config, "auto", tiny_tokenizer()):
-        assert 0 < sample["input_ids"].shape[1] <= 24
+        assert 0 < sample["input_ids"].shape[1] <= 40
     with pytest.raises(SCAPError, match="auto needs a model that generates text, a BertForMaskedLM does not"):
         build_torch_samples(LIMITED["bert"](), config, "auto", tiny_tokenizer())
+
+
+def interrupted(*_arguments: object, **_options: object) -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise ImportError("requires a library")
+
+
+@pytest.mark.parametrize("method", ["build_from_quantization_config", "build_from_dataset"])
+def test_an_interruption_of_the_dataset_helper_is_one(
+    method: str, monkeypatch: pytest.MonkeyPatch, openvino_model: Any
+) -> None:
+    monkeypatch.setattr(openvino_dataset.OVCalibrationDatasetBuilder, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        if method == "build_from_dataset":
+            openvino_dataset._from_builder(openvino_model, CONFIG, [], "folder", False)
+        else:
+            openvino_dataset._from_name(openvino_model, CONFIG, "wikitext2", "folder", None, False)
+
+
+def test_what_the_dataset_helper_raises_is_explained(monkeypatch: pytest.MonkeyPatch, openvino_model: Any) -> None:
+    def fails(*_arguments: object) -> None:
+        raise KeyError(None)
+
+    monkeypatch.setattr(openvino_dataset.OVCalibrationDatasetBuilder, "build_from_dataset", fails)
+    with pytest.raises(
+        SCAPError, match=r"cannot be calibrated on this dataset: KeyError: None; pass a dict of .*model"
+    ):
+        openvino_dataset._from_builder(openvino_model, CONFIG, [], "folder", False)

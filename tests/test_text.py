@@ -191,3 +191,21 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(SCAPError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interruption_while_a_tokenizer_loads_is_one(
+    interruption: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import transformers
+
+    def load(*_arguments: object, **_options: object) -> None:
+        try:
+            raise interruption
+        finally:
+            raise ImportError("requires the protobuf library")  # as transformers does
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(type(interruption)) as caught:
+        load_tokenizer(tmp_path, trust_remote_code=False)
+    assert caught.value is interruption

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from optimum.intel import OVModelForCausalLM, OVModelForSeq2SeqLM
@@ -15,9 +16,9 @@ from optimum.intel.openvino.quantization import OVCalibrationDatasetBuilder
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..config import SCAPConfig
-from ..errors import SCAPError, first_line, interruption_behind
+from ..errors import SCAPError, first_line, interruption_behind, printable
 from ..lengths import clamp_length
-from ..samples import as_array, inputs_of, texts_or_samples
+from ..samples import as_array, describe_sample, inputs_of, texts_or_samples
 from ..text import (
     check_dataset_name,
     cut_into_windows,
@@ -92,9 +93,12 @@ def _from_object(
     model: OVBaseModel, config: SCAPConfig, dataset: Any, source: Any, trust_remote_code: bool
 ) -> dict[str, list[Any]]:
     parts = list(model.ov_models)
-    is_table = hasattr(dataset, "column_names") and not isinstance(dataset, Mapping)
+    by_part = f"pass a dict of samples by model ({', '.join(parts)})"
+    if isinstance(dataset, Mapping) and len(parts) > 1:
+        names = printable(", ".join(map(str, dataset)))
+        raise SCAPError(f"a {type(model).__name__} is made of several models, of which {names} names none: {by_part}")
     reads_text = isinstance(model, OVModelForSeq2SeqLM) and model.main_input_name == "input_ids"
-    if len(parts) > 1 and is_table and not reads_text:
+    if len(parts) > 1 and hasattr(dataset, "column_names") and not reads_text:
         return _from_builder(model, config, dataset, source, trust_remote_code)
     documents, samples = texts_or_samples(dataset, config.num_samples, _input_names(model))
     if documents is not None:
@@ -104,15 +108,25 @@ def _from_object(
         return _from_windows(model, config, windows, tokenizer)
     if len(parts) == 1:
         return {parts[0]: [_completed(model, sample) for sample in samples]}
-    if not is_table:
-        raise SCAPError(
-            f"a {type(model).__name__} is made of several models: pass a dict of samples by model ({', '.join(parts)})"
-        )
-    return _from_builder(model, config, Dataset.from_list([_row(sample) for sample in samples]), source, False)
+    rows = [row for sample in samples for row in _token_rows(sample)] if reads_text else []
+    if not rows:
+        raise SCAPError(f"a {type(model).__name__} is made of several models: {by_part}")
+    rows_config = config.model_copy(update={"num_samples": len(rows)})
+    return _from_builder(model, rows_config, Dataset.from_list(rows), source, trust_remote_code)
 
 
-def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value[0].tolist() for name, value in sample.items()}
+def _token_rows(sample: Any) -> list[dict[str, list[int]]]:
+    """The sequences of a sample, each with the inputs of an encoder."""
+    inputs = inputs_of(sample)
+    if isinstance(inputs, list):
+        inputs = dict(zip(_TEXT_INPUTS, inputs, strict=False))
+    arrays = {name: as_array(inputs[name]) for name in _TEXT_INPUTS if inputs.get(name) is not None}
+    if "input_ids" not in arrays:
+        raise SCAPError(f"the calibration sample {describe_sample(sample)} has no input_ids")
+    arrays.setdefault("attention_mask", np.ones_like(arrays["input_ids"]))
+    return [
+        {name: values[index].tolist() for name, values in arrays.items()} for index in range(len(arrays["input_ids"]))
+    ]
 
 
 def _samples_of_part(name: str, dataset: Any, config: SCAPConfig) -> list[Any]:
