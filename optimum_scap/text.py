@@ -314,7 +314,15 @@ def generated_samples(model: Any, tokenizer: Any, config: SCAPConfig) -> list[di
     # It starts with half as many tokens and writes up to one and a half times as many.
     length = _GENERATED_TOKENS if longest is None else max(2, min(_GENERATED_TOKENS, longest * 2 // 3))
     set_seed(config.seed % 2**32)
-    texts = generate_text_data(model, tokenizer, seq_len=length, dataset_size=config.num_samples)
+    try:
+        texts = generate_text_data(model, tokenizer, seq_len=length, dataset_size=config.num_samples)
+    except Exception as error:  # models of every kind run in there
+        if (interruption := interruption_behind(error)) is not None:
+            raise interruption from None
+        raise SCAPError(
+            f"dataset auto: a {type(model).__name__} could not write text: {first_line(error)}; use a local .txt, "
+            ".jsonl, .json or .parquet file, or pass a dataset of model inputs"
+        ) from error
     return [dict(tokenizer(text, truncation=longest is not None, max_length=longest)) for text in texts]
 
 

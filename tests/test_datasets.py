@@ -260,6 +260,16 @@ def test_an_interruption_of_the_dataset_helper_is_one(
             openvino_dataset._from_name(openvino_model, CONFIG, "wikitext2", "folder", None, False)
 
 
+def test_a_model_that_fails_to_write_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = LIMITED["gpt2"]().eval(), SCAPConfig.from_spec("0.4", num_samples=1)
+    model.transformer.h[0].ln_1.weight.data.fill_(float("nan"))
+    with pytest.raises(SCAPError, match="dataset auto: a GPT2LMHeadModel could not write text: probability tensor"):
+        build_torch_samples(model, config, "auto", tiny_tokenizer())
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_torch_samples(model, config, "auto", tiny_tokenizer())
+
+
 def test_what_the_dataset_helper_raises_is_explained(monkeypatch: pytest.MonkeyPatch, openvino_model: Any) -> None:
     def fails(*_arguments: object) -> None:
         raise KeyError(None)

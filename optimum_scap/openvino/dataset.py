@@ -84,6 +84,11 @@ def _from_text_or_name(
         windows = token_windows(name, tokenizer, config.num_samples, seq_len)
         return _from_windows(model, config, windows, tokenizer)
     if name == "auto":
+        if len(model.ov_models) > 1:
+            raise SCAPError(
+                f"dataset auto needs a model that is a decoder alone, a {type(model).__name__} is made of several; use "
+                "a local .txt, .jsonl, .json or .parquet file, or pass a dataset"
+            )
         tokenizer = load_tokenizer(source, trust_remote_code)
         return _from_windows(model, config, generated_samples(model, tokenizer, config), tokenizer)
     return _from_name(model, config, name, source, model.config, trust_remote_code)

@@ -47,7 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 DATASETS: dict[str, tuple[Any, int, int]] = {
     "file": (lambda folder: str(folder / "a.txt"), 3, 16),
-    "auto": (lambda folder: "auto", 3, 0),
     "strings": (lambda folder: [words(0, 300)], 3, 16),
     "column of text": (lambda folder: Dataset.from_dict({"body": [words(0, 300)]}), 3, 16),
     "table of ids": (lambda folder: Dataset.from_dict({"input_ids": [IDS[0].tolist()] * 5}), 3, 12),
@@ -62,8 +61,7 @@ def test_both_parts_get_samples(kind: str, folder: Path) -> None:
     model = OVModelForSeq2SeqLM.from_pretrained(folder / "ir", compile=False)
     samples = build_samples(model, CONFIG, make(folder))
     assert len(samples["encoder"]) == count and len(samples["decoder"]) > count
-    if length:
-        assert {np.shape(sample["input_ids"]) for sample in samples["encoder"]} == {(1, length)}
+    assert {np.shape(sample["input_ids"]) for sample in samples["encoder"]} == {(1, length)}
     assert all("encoder_attention_mask" in sample for sample in samples["decoder"])
 
 
@@ -87,6 +85,7 @@ def test_refusals(folder: Path) -> None:
         ({"encoder": ["some text"]}, "the dataset for encoder is text: pass model inputs"),
         ([{"labels": IDS}], r"calibration sample \{labels: ndarray\[1, 12\]\} has no input_ids"),
         ([], "made of several models"),
+        ("auto", "auto needs a model that is a decoder alone, a OVModelForSeq2SeqLM is made of several"),
         ({"encoder": []}, "the calibration dataset is empty"),
     ):
         with pytest.raises(SCAPError, match=message):
