@@ -36,7 +36,9 @@ _GENERATED_TOKENS = 128
 _TEXT_INPUTS = ("input_ids", "attention_mask")
 
 KNOWN_DATASETS = tuple(
-    sorted(set().union(*(getattr(ov_utils, name) for name in dir(ov_utils) if name.startswith("PREDEFINED_"))))
+    sorted(
+        set().union(*(getattr(ov_utils, name) for name in dir(ov_utils) if name.startswith("PREDEFINED_"))) - {"auto"}
+    )
 )
 
 
@@ -86,8 +88,8 @@ def _from_text_or_name(
     if name == "auto":
         if len(model.ov_models) > 1:
             raise SCAPError(
-                f"dataset auto needs a model that is a decoder alone, a {type(model).__name__} is made of several; use "
-                "a local .txt, .jsonl, .json or .parquet file, or pass a dataset"
+                f"dataset auto needs a model that is a decoder alone, a {type(model).__name__} is made of several; "
+                "use a local .txt, .jsonl, .json or .parquet file, or pass a dataset"
             )
         tokenizer = load_tokenizer(source, trust_remote_code)
         return _from_windows(model, config, generated_samples(model, tokenizer, config), tokenizer)

@@ -11,7 +11,7 @@ from torch import nn
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
 from optimum_scap.parameters import LayerParameters
-from optimum_scap.torch.backend import measure_sparsity, pruned_layers
+from optimum_scap.torch.backend import _Runner, measure_sparsity, pruned_layers
 
 
 EVERYTHING = "q=0.5,k=0.5,v=0.5,o=0.5,up=0.5,down=0.5"
@@ -131,3 +131,36 @@ def test_nothing_to_measure() -> None:
     only_padding = {"x": torch.zeros(1, 2, 2), "attention_mask": torch.zeros(1, 2)}
     assert measure_sparsity(sparse_model(), [only_padding]) == {}
     assert measure_sparsity(Up(), []) == {}
+
+
+def test_a_vision_tower_takes_no_part_in_text() -> None:
+    """Five tokens as well as five patches: the mask of the ones is none of the others."""
+    vision = tf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = tf.LlamaConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    config = tf.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=100, vision_feature_layer=-1, image_seq_length=4
+    )
+    sample = {
+        "input_ids": torch.tensor([[100, 100, 100, 100, 5]]),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0]]),
+    }
+    seen: dict[str, list[int]] = {}
+    runner = _Runner(model := tf.LlavaForConditionalGeneration(config).eval(), {}, [])
+    for path, module in model.named_modules():
+        if path.endswith("fc1"):
+            module.register_forward_pre_hook(
+                lambda _, args, path=path: seen.update({path: list(runner.without_padding(path, args[0]).shape)})
+            )
+    runner.forward(sample)
+    assert [shape for path, shape in seen.items() if "vision_tower" in path] == [[1, 5, 16]] * 2
+    with pytest.raises(
+        SCAPError, match=r"4 layers to prune in model.vision_tower; leave .* '\^model\\.vision_tower\\\.'"
+    ):
+        sparsify_activations(model, "0.4", [{"input_ids": torch.randint(3, 99, (1, 8))}])
+    sparsify_activations(model, SCAPConfig.from_spec("0.4", exclude=(r"^model\.vision_tower\.",)), [sample])
