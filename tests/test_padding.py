@@ -1,5 +1,7 @@
 """Whose tokens a layer reads, and which of them are padding: the rule of both backends, by names and shapes alone."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -176,3 +178,11 @@ def test_a_mask_of_frames_is_about_the_frames() -> None:
     assert kept(sample, "speech_encoder.encoder.layers.0.ffn1.intermediate_dense", 2, 4, 8) == KEPT
     # Whisper's encoder reads half as many, and hears the silence in use as well
     assert kept(sample, "model.encoder.layers.0.fc1", 2, 2, 8, encoder_decoder=True) is None
+
+
+def test_what_both_backends_share_imports_no_framework() -> None:
+    modules = "calibration, config, lengths, measuring, padding, parameters, samples, text"
+    frameworks = "('torch', 'openvino', 'nncf', 'transformers', 'datasets', 'pyarrow')"
+    script = f"import sys\nfrom optimum_scap import {modules}\nprint([m for m in {frameworks} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

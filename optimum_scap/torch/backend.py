@@ -201,7 +201,7 @@ class _Runner:
         self._sites: list[Site] = []
         self._padding: _Padding | None = None
         self._options = _forward_options(model)
-        self._names = _input_names(model)
+        self._names = input_names(model)
         config = getattr(model, "config", None)
         self._encoder_decoder = getattr(config, "is_encoder_decoder", None)
         self._pad_token = getattr(config, "pad_token_id", None)
@@ -372,8 +372,8 @@ def _forward_options(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names and hasattr(model, "config")}
 
 
-def _input_names(model: nn.Module) -> list[str]:
-    """The names of the inputs that `model` takes in order."""
+def input_names(model: nn.Module) -> list[str]:
+    """The names of the inputs that `model` takes, in order; empty if it does not tell."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):

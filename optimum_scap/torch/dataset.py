@@ -1,6 +1,5 @@
 """Calibration inputs for torch models: local files, named datasets, generated text, or what the caller brings."""
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..text import (
     load_tokenizer,
     token_windows,
 )
+from .backend import input_names
 
 
 __all__ = ["build_samples", "check_dataset_name"]
@@ -56,7 +56,7 @@ def build_samples(
         if name == "auto":
             return _for_model(model, _batches(generated_samples(model, loaded, config)))
         return _for_model(model, _from_name(name, loaded, config, model_config, trust_remote_code))
-    documents, samples = texts_or_samples(dataset, config.num_samples, _input_names(model))
+    documents, samples = texts_or_samples(dataset, config.num_samples, _columns(model))
     if documents is not None:
         loaded = _load_tokenizer(model, tokenizer, trust_remote_code)
         seq_len = clamp_length(config.seq_len, model_config, loaded)
@@ -96,14 +96,9 @@ def _from_name(name: str, tokenizer: Any, config: SCAPConfig, model_config: Any,
     ]
 
 
-def _input_names(model: nn.Module) -> list[str]:
-    """The names that `model` tells of its inputs; without labels, which only a decoder behind an encoder reads."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    return [name for name in names if name != "labels" or _is_encoder_decoder(model)]
+def _columns(model: nn.Module) -> list[str]:
+    """The columns of a table that `model` reads; labels only where a decoder behind an encoder reads them."""
+    return [name for name in input_names(model) if name != "labels" or _is_encoder_decoder(model)]
 
 
 def _load_tokenizer(model: nn.Module, source: Any, trust_remote_code: bool) -> Any:
