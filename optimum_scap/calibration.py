@@ -7,15 +7,17 @@ pruned), so the passes are repeated under the current thresholds until the spars
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from .config import RoleTarget, SCAPConfig
-from .errors import SCAPError
+from .errors import SCAPError, printable
 from .roles import Role
 from .statistics import ActivationStatistics
 
@@ -87,29 +89,77 @@ def calibrate(
     for number in range(MAX_PASSES):
         # A dense pass only has to give a starting point: the passes behind it see other activations anyway.
         fraction = FIRST_PASS_FRACTION if number == 0 else 1.0
-        statistics = {site.key: new_statistics(", ".join(site.layers), seed=seed) for site in sites}
-        run_pass(current, fraction, f"SCAP calibration, pass {number + 1}", partial(_visit, statistics))
+        statistics = {site.key: new_statistics(_names(site.layers), seed=seed) for site in sites}
+        seen: set[str] = set()
+        run_pass(current, fraction, f"SCAP calibration, pass {number + 1}", partial(_visit, statistics, seen))
+        unseen = [site for site in sites if site.key not in seen]
+        if unseen and (number > 0 or len(unseen) == len(sites)):
+            raise SCAPError(_never_reached(unseen, sites))
+        # What the first samples do not reach, others may.
+        reached = [site for site in sites if site.key in seen]
         solved = {
             site.key: Thresholding(*statistics[site.key].solve(site.target.mode, site.target.sparsity))
-            for site in sites
+            for site in reached
         }
-        drifts = [_drift(statistics[site.key], current[site.key], solved[site.key]) for site in sites]
+        drifts = [_drift(statistics[site.key], current[site.key], solved[site.key]) for site in reached]
         worst = int(np.argmax(drifts))
-        logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], ", ".join(sites[worst].layers))
+        logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], _names(reached[worst].layers))
         # The correction that the last pass found is taken along, small as it is: it is known, and costs nothing.
-        current = solved
+        current = {**current, **solved}
         if number > 0 and drifts[worst] <= SETTLED:
             return current
     logger.warning(
         "thresholds did not settle in %d passes: %s still moves by %.3f sparsity; more calibration samples may help",
         MAX_PASSES,
-        ", ".join(sites[worst].layers),
+        _names(reached[worst].layers),
         drifts[worst],
     )
     return current
 
 
-def _visit(statistics: dict[str, ActivationStatistics], key: str, activations: Any) -> None:
+def _names(layers: Sequence[str]) -> str:
+    """The layers of a site for a message: the keys of cross-attention read one input in every block."""
+    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+    return printable(", ".join(layers[:4]), 1000) + more
+
+
+def _never_reached(unseen: Sequence[Site], sites: Sequence[Site]) -> str:
+    """Says which part of the model no sample reached, as the vision tower of a model that is calibrated on text."""
+    layers = [path for site in unseen for path in site.layers]
+    others = [path for site in sites if site not in unseen for path in site.layers]
+    first = printable(layers[0])
+    reason = "no activations were seen, the calibration data never reached"
+    if not others:
+        return f"layer {first}: {reason} it; calibrate on data that the model reads, of which not all is padding"
+    part = _part_without(layers, others)
+    if part is not None:
+        flag = shlex.quote(f"^{re.escape(part)}\\.")
+        return (
+            f"layer {first}: {reason} it, nor any other of the {len(layers)} layers to prune in {printable(part)}; "
+            f"leave them dense with --scap-exclude {printable(flag)} (exclude), or calibrate on data that it reads"
+        )
+    flags = " ".join(f"--scap-exclude {shlex.quote(f'^{re.escape(path)}$')}" for path in layers[:4])
+    more = f" and so on for {len(layers) - 4} more" if len(layers) > 4 else ""
+    return (
+        f"layer {first}: {reason} it (nor {len(layers) - 1} others); leave such layers dense with "
+        f"{printable(flags, 1000)}{more} (exclude), or calibrate on data that reaches them"
+    )
+
+
+def _part_without(layers: Sequence[str], others: Sequence[str]) -> str | None:
+    """The largest module that holds all of `layers` and none of `others`."""
+    parents = [path.split(".")[:-1] for path in layers]
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))]
+    for depth in range(1, len(common) + 1):
+        part = ".".join(common[:depth])
+        if not any(path.startswith(f"{part}.") for path in others):
+            return part
+    return None
+
+
+def _visit(statistics: dict[str, ActivationStatistics], seen: set[str], key: str, activations: Any) -> None:
+    if 0 not in activations.shape:
+        seen.add(key)
     statistics[key].add(activations)
 
 
@@ -132,8 +182,8 @@ def check_patterns(paths: Iterable[str], config: SCAPConfig) -> None:
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
                 raise SCAPError(
-                    f"{field} pattern {pattern!r} matches no fully connected layer; the model has, for example, "
-                    f"{', '.join(paths[:3]) or 'none'}"
+                    f"{field} pattern {printable(pattern)!r} matches no fully connected layer; the model has, for "
+                    f"example, {', '.join(paths[:3]) or 'none'}"
                 )
 
 

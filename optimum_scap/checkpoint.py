@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import SCAPError, first_line
+from .errors import SCAPError, first_line, raise_interruption_behind
 from .parameters import QUANT_METHOD
 
 
@@ -187,6 +187,7 @@ def _load_without_values(folder: Path, fields: Mapping[str, Any], weights: dict[
                 output_loading_info=True,
             )
     except Exception as error:  # whoever loads it in earnest says more
+        raise_interruption_behind(error)
         logger.info("%s: the weights were not compared with config.json: %s", folder, first_line(error))
         return None
 

@@ -1,11 +1,13 @@
 """SCAPConfig: what to prune, how much, and how to calibrate. It validates itself and round-trips through JSON."""
 
 import re
+import reprlib
+from itertools import islice
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import SCAPError
+from .errors import SCAPError, first_line, printable
 from .roles import FFN_ROLES, ROLES, Role
 
 
@@ -14,7 +16,22 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 ApplyTo = Literal["all", "decode"]
 
-Sparsity = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+# Patterns, names and counts are bounded far above anything of use, so that a damaged file is refused, not worked on.
+_LONGEST_PATTERN = 100_000
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_SEED = 2**63 - 1
+
+
+def _a_number(value: Any) -> Any:
+    """pydantic takes true for 1 and "0.5" for 0.5; a file that says so is damaged."""
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("Input should be a number")
+    return value
+
+
+IsNumber = BeforeValidator(_a_number)
+Sparsity = Annotated[float, IsNumber, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Count = Annotated[int, IsNumber, Field(ge=1, le=_LARGEST_COUNT)]
 
 
 class RoleTarget(BaseModel):
@@ -53,9 +70,9 @@ class SCAPConfig(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dataset: str = "auto"
-    num_samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=256, ge=1)
-    seed: int = Field(default=42, ge=0)
+    num_samples: Count = 64
+    seq_len: Count = 256
+    seed: Annotated[int, IsNumber, Field(ge=0, le=_LARGEST_SEED)] = 42
     apply_to: ApplyTo = "all"
 
     @field_validator("targets", mode="before")
@@ -65,9 +82,9 @@ class SCAPConfig(BaseModel):
             return targets
         for role in targets:
             if role not in ROLES:
-                raise ValueError(f"unknown role {role!r}, choose from {', '.join(ROLES)}")
+                raise ValueError(f"unknown role {shortened(role)}, choose from {', '.join(ROLES)}")
         return {
-            role: {"sparsity": target} if isinstance(target, int | float) else target
+            role: target if isinstance(target, dict | RoleTarget) else {"sparsity": target}
             for role, target in targets.items()
         }
 
@@ -82,10 +99,14 @@ class SCAPConfig(BaseModel):
     @classmethod
     def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError(f"a pattern is longer than {_LONGEST_PATTERN} characters")
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"{shortened(pattern)} is not a regular expression: {printable(first_line(error))}"
+                ) from error
         return patterns
 
     @classmethod
@@ -116,18 +137,25 @@ class SCAPConfig(BaseModel):
 def describe_validation_error(error: ValidationError) -> str:
     """The problems that pydantic found as one line: `field: what is wrong`, joined by semicolons."""
     problems = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+    for problem in islice(error.errors(include_url=False), 4):
+        field = printable(".".join(str(part) for part in problem["loc"]))
+        message = printable(problem["msg"].removeprefix("Value error, "), 1000)
         # What lacks a field may be a whole file.
-        got = "" if problem["type"] == "missing" else f" (got {_shortened(repr(problem['input']))})"
+        got = "" if problem["type"] == "missing" else f" (got {shortened(problem['input'])})"
         problems.append(f"{field}: {message}{got}" if field else message)
-    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    more = [f"and {error.error_count() - 3} more"] if error.error_count() > 3 else []
     return "; ".join(problems[:3] + more)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:100]}..."
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
+
+def shortened(value: Any) -> str:
+    """The repr of what a file or a user gave, whatever its size and depth, for a message of one line."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return "a number of many digits"
+    return printable(_REPR.repr(value), 103)
 
 
 def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
@@ -143,12 +171,14 @@ def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
         for part in parts:
             role, equals, sparsity = (piece.strip() for piece in part.partition("="))
             if not equals:
-                raise SCAPError(f"SCAP specification {spec!r}: {part!r} is not of the form role=sparsity")
+                raise SCAPError(
+                    f"SCAP specification {shortened(spec)}: {shortened(part)} is not of the form role=sparsity"
+                )
             entries.append((role, None, sparsity))
     else:
         if len(parts) % 3:
             raise SCAPError(
-                f"SCAP specification {spec!r}: expected a number, role=sparsity pairs, or triplets "
+                f"SCAP specification {shortened(spec)}: expected a number, role=sparsity pairs, or triplets "
                 f"role,mode,sparsity; got {len(parts)} comma-separated values, which is not a multiple of three"
             )
         entries = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
@@ -156,15 +186,21 @@ def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
     targets: dict[str, tuple[str | None, float]] = {}
     for role, mode, sparsity in entries:
         if role not in ROLES:
-            raise SCAPError(f"SCAP specification {spec!r}: unknown role {role!r}, choose from {', '.join(ROLES)}")
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: unknown role {shortened(role)}, choose from {', '.join(ROLES)}"
+            )
         if mode is not None and mode not in MODES:
-            raise SCAPError(f"SCAP specification {spec!r}: unknown mode {mode!r}, choose from {', '.join(MODES)}")
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: unknown mode {shortened(mode)}, choose from {', '.join(MODES)}"
+            )
         if role in targets:
-            raise SCAPError(f"SCAP specification {spec!r}: role {role!r} is given twice")
+            raise SCAPError(f"SCAP specification {shortened(spec)}: role {shortened(role)} is given twice")
         try:
             targets[role] = (mode, float(sparsity))
         except ValueError:
-            raise SCAPError(f"SCAP specification {spec!r}: {sparsity!r} is not a number (role {role!r})") from None
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: {shortened(sparsity)} is not a number (role {shortened(role)})"
+            ) from None
     return targets
 
 
@@ -177,8 +213,11 @@ def _parse_modes(mode: str | None, roles: tuple[str, ...]) -> dict[str, str]:
         if not equals:
             role, name = "", role
         if name not in MODES:
-            raise SCAPError(f"mode {mode!r}: unknown mode {name!r}, choose from {', '.join(MODES)}")
+            raise SCAPError(f"mode {shortened(mode)}: unknown mode {shortened(name)}, choose from {', '.join(MODES)}")
         if role and role not in roles:
-            raise SCAPError(f"mode {mode!r}: role {role!r} has no target sparsity (roles given: {', '.join(roles)})")
+            given = ", ".join(roles)
+            raise SCAPError(
+                f"mode {shortened(mode)}: role {shortened(role)} has no target sparsity (roles given: {given})"
+            )
         modes.update({role: name} if role else dict.fromkeys(roles, name))
     return modes

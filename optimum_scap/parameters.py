@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .config import Mode, RoleTarget, SCAPConfig, Sparsity, describe_validation_error
-from .errors import SCAPError, first_line
+from .config import IsNumber, Mode, RoleTarget, SCAPConfig, Sparsity, describe_validation_error
+from .errors import SCAPError, first_line, printable
 from .roles import Role, find_role
 
 
@@ -29,7 +29,9 @@ def _representable(value: float) -> float:
     return float(np.float32(value))
 
 
-Float32 = Annotated[float, AfterValidator(_representable)]
+Float32 = Annotated[float, IsNumber, AfterValidator(_representable)]
+# No file of parameters comes near: a thousand layers are 200 KB.
+_LARGEST_FILE = 2**28
 
 
 class LayerParameters(BaseModel):
@@ -52,7 +54,7 @@ class SCAPParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: str
+    version: str = Field(max_length=100)
     config: SCAPConfig
     layers: dict[str, LayerParameters] = Field(min_length=1)
 
@@ -78,12 +80,11 @@ def load_parameters(path: str | Path) -> SCAPParameters:
         SCAPError: naming the file, the layer and the field that is wrong.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise SCAPError(f"SCAP parameters {path} cannot be read: {first_line(error)}") from error
+    source = f"SCAP parameters {printable(str(path), 1000)}"
+    content = _read_json(path, source)
     if not isinstance(content, dict) or not content:
-        raise SCAPError(f"SCAP parameters {path}: expected a JSON object with an entry per layer")
+        raise SCAPError(f"{source}: expected a JSON object with an entry per layer")
+    _refuse_repeated_names(content, source)
     try:
         if "layers" in content:
             return SCAPParameters.model_validate(content)
@@ -93,9 +94,9 @@ def load_parameters(path: str | Path) -> SCAPParameters:
             raise SCAPError("this is neither what scap info --json writes nor a calibrated_thresholds.json")
         return _from_reference(content, path)
     except ValidationError as error:
-        raise SCAPError(f"SCAP parameters {path}: {describe_validation_error(error)}") from error
+        raise SCAPError(f"{source}: {describe_validation_error(error)}") from error
     except SCAPError as error:
-        raise SCAPError(f"SCAP parameters {path}: {error}") from error
+        raise SCAPError(f"{source}: {error}") from error
 
 
 def checkpoint_parameters(folder: Path) -> SCAPParameters | None:
@@ -105,14 +106,12 @@ def checkpoint_parameters(folder: Path) -> SCAPParameters | None:
         SCAPError: if config.json cannot be read or its parameters are damaged.
     """
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise SCAPError(f"{path} cannot be read: {first_line(error)}") from error
+    source = printable(str(path), 1000)
+    content = _read_json(path, source)
     found = content.get("quantization_config") if isinstance(content, dict) else None
     if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
         return None
-    return parameters_from_quantization_config(found, str(path))
+    return parameters_from_quantization_config(found, source)
 
 
 def parameters_from_quantization_config(fields: dict[str, Any], source: str) -> SCAPParameters:
@@ -121,10 +120,73 @@ def parameters_from_quantization_config(fields: dict[str, Any], source: str) -> 
     Raises:
         SCAPError: naming the field that is wrong.
     """
+    _refuse_repeated_names(fields, source)
     try:
         return SCAPParameters.model_validate({name: value for name, value in fields.items() if name != "quant_method"})
     except ValidationError as error:
         raise SCAPError(f"{source}: damaged SCAP parameters: {describe_validation_error(error)}") from error
+
+
+def parameters_from_json(text: str, source: str) -> SCAPParameters:
+    """The SCAP parameters that an IR carries; `source` says in errors where they are from.
+
+    Raises:
+        SCAPError: naming the field that is wrong.
+    """
+    content = _parse_json(text, source)
+    _refuse_repeated_names(content, source)
+    try:
+        return SCAPParameters.model_validate(content)
+    except ValidationError as error:
+        raise SCAPError(f"{source} are damaged: {describe_validation_error(error)}") from error
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers a name which it held twice."""
+
+    repeated: str | None = None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> _Object:
+    found = _Object(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        found.repeated = next(name for number, name in enumerate(names) if name in names[:number])
+    return found
+
+
+def _read_json(path: Path, source: str) -> Any:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        raise SCAPError(f"{source} cannot be read: {printable(first_line(error))}") from error
+    if len(content) > _LARGEST_FILE:
+        raise SCAPError(f"{source} cannot be read: it is larger than {_LARGEST_FILE // 2**20} MiB")
+    try:
+        return _parse_json(content.decode("utf-8-sig"), source)
+    except UnicodeDecodeError as error:
+        raise SCAPError(f"{source} cannot be read: {first_line(error)}") from error
+
+
+def _parse_json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise SCAPError(f"{source} cannot be read: {first_line(error)}") from error
+
+
+def _refuse_repeated_names(content: Any, source: str) -> None:
+    """JSON leaves open which of two values of one name counts: neither is to prune a model."""
+    pending = [("", content)]
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, _Object) and value.repeated is not None:
+            raise SCAPError(f"{source}: {printable(place + value.repeated)} is given twice")
+        if isinstance(value, dict):
+            pending += [(f"{place}{name}.", entry) for name, entry in value.items() if isinstance(entry, dict | list)]
+        elif isinstance(value, list):
+            pending += [(f"{place}{index}.", entry) for index, entry in enumerate(value)]
 
 
 def save_parameters(parameters: SCAPParameters, path: str | Path) -> None:
@@ -144,7 +206,8 @@ def save_parameters(parameters: SCAPParameters, path: str | Path) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise SCAPError(f"SCAP parameters cannot be written to {path}: {first_line(error)}") from error
+        where = printable(str(path), 1000)
+        raise SCAPError(f"SCAP parameters cannot be written to {where}: {printable(first_line(error))}") from error
 
 
 def merge_parameters(parts: Iterable[SCAPParameters]) -> SCAPParameters:
@@ -161,11 +224,11 @@ def _from_reference(content: dict[str, Any], path: Path) -> SCAPParameters:
     for name, entry in content.items():
         role = find_role(name)
         if role is None:
-            raise SCAPError(f"layer {name}: no role is known for a module of this name")
+            raise SCAPError(f"layer {printable(name)}: no role is known for a module of this name")
         try:
             found = _ReferenceLayer.model_validate(entry)
         except ValidationError as error:
-            raise SCAPError(f"layer {name}: {describe_validation_error(error)}") from error
+            raise SCAPError(f"layer {printable(name)}: {describe_validation_error(error)}") from error
         layers[name] = LayerParameters(
             role=role,
             method=found.demode_method,

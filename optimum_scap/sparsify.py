@@ -28,10 +28,11 @@ def sparsify_activations(
             before calibration is complete.
         config: what to prune; a string is parsed by `SCAPConfig.from_spec`. SCAPParameters (`load_parameters`) are
             applied as they are, without calibration and without a dataset.
-        dataset: for an `openvino.Model` an `nncf.Dataset` or an iterable of model inputs that can be iterated several
-            times. For the others also a `datasets.Dataset`, the name of a dataset that optimum-intel's helper knows, a
-            local .txt, .jsonl, .json or .parquet file, or `auto`; by default `config.dataset`. For torch models a
-            DataLoader is such an iterable.
+        dataset: an iterable of model inputs (dicts or whatever else maps names to arrays, tensors or lists; inputs in
+            order; single inputs), an `nncf.Dataset`, a DataLoader, or a `datasets.Dataset` of model inputs. But for an
+            `openvino.Model`, which has no tokenizer, also strings, a `datasets.Dataset` with a column of text, the
+            name of a dataset that optimum-intel's helper knows, a local .txt, .jsonl, .json or .parquet file, or
+            `auto`; by default `config.dataset`.
         tokenizer: (not for `openvino.Model`) the tokenizer or where to load it from; by default the model's folder.
         trust_remote_code: (not for `openvino.Model`) whether the tokenizer may bring code of its own.
 
@@ -51,14 +52,7 @@ def sparsify_activations(
     if _is_instance(model, "torch.nn", "Module"):
         return _sparsify_torch_model(model, config, dataset, tokenizer, trust_remote_code)
     if _is_instance(model, "openvino", "Model"):
-        from .openvino.backend import sparsify_models
-
-        if dataset is None:
-            raise SCAPError("an openvino.Model has no tokenizer: pass a dataset of model inputs")
-        data = list(dataset.get_inference_data() if hasattr(dataset, "get_inference_data") else dataset)
-        config = config.model_copy(update={"dataset": "custom"})
-        sparsify_models({"model": model}, config, {"model": data})
-        return model
+        return _sparsify_openvino_model(model, config, dataset)
     if _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin"):
         return _sparsify_optimum_model(model, config, dataset, tokenizer, trust_remote_code)
     raise _unsupported(model)
@@ -93,6 +87,21 @@ def _sparsify_torch_model(
     check_model(inner, config)
     config = _with_dataset(config, dataset)
     sparsify_model(inner, config, build_samples(inner, config, dataset, tokenizer, trust_remote_code))
+    return model
+
+
+def _sparsify_openvino_model(model: Any, config: SCAPConfig, dataset: Any) -> Any:
+    from .openvino.backend import sparsify_models
+    from .samples import texts_or_samples
+
+    documents: Any = None
+    if dataset is not None and not isinstance(dataset, str | Path):
+        names = [port.get_any_name() for port in model.inputs if port.get_names()]
+        documents, samples = texts_or_samples(dataset, config.num_samples, names)
+    if dataset is None or isinstance(dataset, str | Path) or documents is not None:
+        raise SCAPError("an openvino.Model has no tokenizer: pass a dataset of model inputs, not of text")
+    config = config.model_copy(update={"dataset": "custom"})
+    sparsify_models({"model": model}, config, {"model": list(samples)})
     return model
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .errors import SCAPError, first_line
+from .errors import SCAPError, first_line, raise_interruption_behind
 
 
 def check_model_exists(model: str | Path) -> None:
@@ -35,6 +35,7 @@ def infer_task(model: str | Path, trust_remote_code: bool = False) -> str:
     try:
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except Exception as error:  # a config.json of wrong types fails anywhere
+        raise_interruption_behind(error)
         raise SCAPError(f"model {model}: config.json cannot be read: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or [""]
     model_class = getattr(transformers, architectures[0], None)

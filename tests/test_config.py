@@ -60,6 +60,19 @@ def test_bad_specifications_say_what_is_wrong_in_one_line(spec: str, mode: str |
         ({"targets": {"up": 0.5}, "exclude": ("(",)}, "exclude"),
         ({"targets": {"up": 0.5}, "sparsity": 1}, "sparsity"),
         ({"targets": {"up": {"sparsity": 0.5, "mode": "max"}}}, "targets.up.mode"),
+        ({"targets": {"up": True}}, "targets.up.sparsity\n.*should be a number"),
+        ({"targets": {"up": "0.5"}}, "targets.up.sparsity\n.*should be a number"),
+        ({"targets": {"up": {"sparsity": False}, "down": 0.5}}, "targets.up.sparsity\n.*should be a number"),
+        ({"targets": {"up": float("nan")}}, "targets.up.sparsity"),
+        ({"targets": {"up": 10**400}}, "targets.up.sparsity"),
+        ({"targets": {"up": 0.5}, "num_samples": True}, "num_samples\n.*should be a number"),
+        ({"targets": {"up": 0.5}, "seq_len": "64"}, "seq_len\n.*should be a number"),
+        ({"targets": {"up": 0.5}, "seed": 2**63}, "seed"),
+        ({"targets": {"up": 0.5}, "num_samples": 10**400}, "num_samples"),
+        ({"targets": {"up": 0.5}, "include": "mlp"}, "include"),
+        ({"targets": {"up": 0.5}, "include": ("(" * 5000 + ")" * 5000,)}, "include\n.*not a regular expression"),
+        ({"targets": {"up": 0.5}, "include": ("a{99999999999999999999}",)}, "include\n.*not a regular expression"),
+        ({"targets": {"up": 0.5}, "exclude": ("a" * 100_001,)}, "exclude\n.*longer than"),
     ],
 )
 def test_validation_names_the_field(fields: dict, named: str) -> None:
@@ -85,8 +98,33 @@ def test_json_and_triplets_round_trip(targets: dict, num_samples: int, exclude: 
 
 @given(st.text(max_size=40))
 def test_no_text_crashes_the_parser(spec: str) -> None:
+    check_parser(spec, None)
+
+
+PIECES = st.sampled_from(
+    [*ROLES, *MODES, "0.5", "1e-3", "nan", "1_0", "-0", ",", "=", " ", "\n", "٣", "\x00", "\ud800"]
+)
+
+
+@given(st.lists(PIECES, max_size=12).map("".join), st.none() | st.lists(PIECES, max_size=6).map("".join))
+def test_no_specification_crashes_the_parser(spec: str, mode: str | None) -> None:
+    check_parser(spec, mode)
+
+
+def check_parser(spec: str, mode: str | None) -> None:
     try:
-        config = SCAPConfig.from_spec(spec)
-    except SCAPError:
+        config = SCAPConfig.from_spec(spec, mode=mode)
+    except SCAPError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
         return
     assert config.targets
+    triplets = ",".join(f"{role},{target.mode},{target.sparsity!r}" for role, target in config.targets.items())
+    assert SCAPConfig.from_spec(triplets) == config
+    assert SCAPConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("spec", ["up=" + "9" * 100_000, "x" * 100_000, "up,zero,0.5," * 10_000 + "up"])
+def test_long_specifications_are_not_recited(spec: str) -> None:
+    with pytest.raises(SCAPError) as caught:
+        SCAPConfig.from_spec(spec)
+    assert len(str(caught.value)) < 1000

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ..errors import printable
 from ..parameters import SCAPParameters
 
 
@@ -21,7 +23,7 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
     if not console.is_terminal:
         console = Console(width=200)
     for name, found in parameters.items():
-        table = Table(title=f"{folder / name} (optimum-scap {found.version})")
+        table = Table(title=_as_it_is(f"{folder / name} (optimum-scap {found.version})"))
         table.add_column("layer")
         for column in ("role", "mode estimator"):
             table.add_column(column)
@@ -29,7 +31,7 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
             table.add_column(column, justify="right")
         for path, layer in found.layers.items():
             table.add_row(
-                path,
+                _as_it_is(path),
                 layer.role,
                 layer.method,
                 f"{layer.mode:.6g}",
@@ -39,36 +41,49 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
         console.print(table)
         config = found.config
         console.print(
-            f"{len(found.layers)} layers, calibrated on {config.dataset} "
-            f"({config.num_samples} samples of {config.seq_len} tokens, seed {config.seed})"
+            _as_it_is(
+                f"{len(found.layers)} layers, calibrated on {config.dataset} "
+                f"({config.num_samples} samples of {config.seq_len} tokens, seed {config.seed})"
+            )
         )
 
 
 def print_benchmark(measurements: Sequence["Measurement"], sparsity: Mapping[str, float]) -> None:
     """One row per model; speeds as median [smallest, largest], and against the first model."""
     first = measurements[0]
-    table = Table("model", "decode tok/s", f"vs {first.name}", "peak memory MiB", "load s", "to first token s")
+    names = [measurement.name for measurement in measurements]
+    table = _table("model", "decode tok/s", f"vs {first.name}", "peak memory MiB", "load s", "to first token s")
     for measurement in measurements:
         table.add_row(
-            measurement.name,
-            str(measurement.decode),
+            _as_it_is(measurement.name),
+            _as_it_is(str(measurement.decode)),
             f"{measurement.decode.median / first.decode.median:.2f}x",
             f"{measurement.peak_memory_mib:.0f}",
             f"{measurement.load_seconds:.1f}",
             "" if measurement.first_token_seconds is None else f"{measurement.first_token_seconds:.1f}",
         )
-    prefill = Table(
-        "prefill",
-        *[f"{m.name}, tok/s" for m in measurements],
-        *[f"{m.name} vs {first.name}" for m in measurements[1:]],
+    prefill = _table(
+        "prefill", *[f"{name}, tok/s" for name in names], *[f"{name} vs {first.name}" for name in names[1:]]
     )
     for length, reference in first.prefill.items():
         prefill.add_row(
             f"{length} tokens",
-            *[str(m.prefill[length]) for m in measurements],
+            *[_as_it_is(str(m.prefill[length])) for m in measurements],
             *[f"{m.prefill[length].median / reference.median:.2f}x" for m in measurements[1:]],
         )
     console = Console(width=120)
     console.print(table)
     console.print(prefill)
-    console.print("skipped: " + ", ".join(f"{role} {value:.1%}" for role, value in sparsity.items()))
+    console.print(_as_it_is("skipped: " + ", ".join(f"{role} {value:.1%}" for role, value in sparsity.items())))
+
+
+def _table(*headers: str) -> Table:
+    table = Table()
+    for header in headers:
+        table.add_column(_as_it_is(header))
+    return table
+
+
+def _as_it_is(text: str) -> Text:
+    """`text` without markup, emoji or control characters being read into it."""
+    return Text(printable(text, 1000))

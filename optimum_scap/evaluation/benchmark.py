@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SCAPError
+from ..lengths import clamp_length, longest_sequence
 
 
 PROMPT = (
@@ -108,6 +109,19 @@ def load(folder: Path, fast: bool, **options: Any) -> Any:
     return model
 
 
+def check_length(name: str, model: Any, tokens: int) -> None:
+    """Checks that `model`, called `name`, takes so many tokens.
+
+    Raises:
+        SCAPError: otherwise.
+    """
+    longest = longest_sequence(model.config)
+    if longest is not None and tokens > longest:
+        raise SCAPError(
+            f"--prompt-tokens and --new-tokens ask for {tokens} tokens in all, the {name} model takes {longest}"
+        )
+
+
 def _build_ahead() -> None:
     """Compiles the extension, once in a machine's life, so that it is no part of the first model's load time."""
     from ..openvino.extension.build import ExtensionBuildError, build_extension
@@ -139,7 +153,10 @@ def measure(
     usage = {name: _load_in_fresh_process(folder, fast) for name, (folder, fast) in models.items()}
     loaded = {name: load(folder, fast) for name, (folder, fast) in models.items()}
     behind = prompt_tokens[0]
-    ids = _text(loaded, models, max(behind + new_tokens, *prompt_tokens))
+    longest = max(behind + new_tokens, *prompt_tokens)
+    for name, model in loaded.items():
+        check_length(name, model, longest)
+    ids = _text(loaded, models, longest)
     steppers = {name: Stepper(model.request.get_compiled_model()) for name, model in loaded.items()}
     prefill: dict[str, dict[int, list[float]]] = {name: {length: [] for length in prompt_tokens} for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
@@ -175,7 +192,7 @@ def realised_sparsity(folder: Path, tokens: int = 192) -> dict[str, float]:
     from ..openvino.graph import find_fully_connected
 
     model = load(folder, fast=False, compile=False)
-    ids = _generate(model, folder, tokens)
+    ids = _generate(model, folder, clamp_length(tokens, model.config))
     model.request = None
     import torch
 

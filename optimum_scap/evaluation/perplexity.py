@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SCAPError
+from ..lengths import clamp_length
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, max_tokens: int | None = None) -> float:
@@ -16,7 +17,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, max_
         model: a transformers or optimum-intel causal language model.
         tokenizer: its tokenizer; no special tokens are added.
         text: the text; tokenized as a whole.
-        window: tokens per window; the first token of each is not predicted.
+        window: tokens per window, or as many as the model takes; the first token of each is not predicted.
         max_tokens: use only so many tokens from the beginning.
 
     Raises:
@@ -24,6 +25,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, max_
     """
     import torch
 
+    window = clamp_length(window, getattr(model, "config", None), tokenizer)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :max_tokens]
     ids = ids.to(model.device)
     total, count = 0.0, 0
@@ -41,8 +43,11 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, max_
     return math.exp(total / count)
 
 
-def token_samples(tokenizer: Any, text: str | Path, *, window: int, max_tokens: int | None = None) -> list[Any]:
-    """Windows of token ids `[1, <= window]` (int64), as `perplexity` cuts them."""
+def token_samples(
+    tokenizer: Any, text: str | Path, *, window: int, max_tokens: int | None = None, model: Any = None
+) -> list[Any]:
+    """Windows of token ids `[1, <= window]` (int64), as `perplexity` cuts them for `model`."""
+    window = clamp_length(window, getattr(model, "config", None), tokenizer)
     content = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
     ids = tokenizer(content, add_special_tokens=False)["input_ids"][:max_tokens]
     return [np.array([ids[start : start + window]], dtype=np.int64) for start in range(0, len(ids), window)]

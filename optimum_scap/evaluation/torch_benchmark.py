@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from ..errors import SCAPError, first_line
 from ..torch.backend import measure_sparsity as measure_by_layer
 from ..torch.backend import pruned_layers
-from .benchmark import PROMPT, Measurement, Spread
+from .benchmark import PROMPT, Measurement, Spread, check_length
 
 
 class DecodeLoop:
@@ -96,6 +96,7 @@ def measure(
     for name, (folder, sparse) in models.items():
         started = time.perf_counter()
         loaded[name] = load(folder, sparse, device)
+        check_length(name, loaded[name], longest)
         _synchronize(device)
         usage[name] = time.perf_counter() - started
         loops[name] = DecodeLoop(loaded[name], longest, device.type == "cuda")

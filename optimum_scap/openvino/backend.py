@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
-from pydantic import ValidationError
 
 from .. import __version__
 from ..calibration import (
@@ -19,14 +18,16 @@ from ..calibration import (
     check_patterns,
     select_targets,
 )
-from ..config import RoleTarget, SCAPConfig, describe_validation_error
-from ..errors import SCAPError
-from ..parameters import LayerParameters, SCAPParameters
+from ..config import RoleTarget, SCAPConfig
+from ..errors import SCAPError, printable
+from ..measuring import SkippedChannels
+from ..padding import Padding
+from ..parameters import LayerParameters, SCAPParameters, parameters_from_json
 from ..progress import length, run_over
 from ..roles import ROLES, module_path
 from .graph import FullyConnected, find_fully_connected
 from .inference import Runner, model_with_outputs
-from .threshold_ops import find_threshold_ops, insert_adjustable_ops, insert_threshold_ops, pruned_fractions
+from .threshold_ops import ThresholdOps, find_threshold_ops, insert_adjustable_ops, insert_threshold_ops
 
 
 logger = logging.getLogger(__name__)
@@ -76,12 +77,12 @@ def apply_parameters(models: Mapping[str, ov.Model], parameters: SCAPParameters)
     Raises:
         SCAPError: if a model is sparse already or none of them has a layer that `parameters` name; nothing is changed.
     """
-    layers = check_models(models, parameters.config)
+    layers = _layers_of_dense_models(models)
     missing = [path for path in parameters.layers if not any(path in named for named in layers.values())]
     if missing:
-        known = next(iter(next(iter(layers.values()))), "none")
+        known = next(iter(next(named for named in layers.values() if named)))
         raise SCAPError(
-            f"layer {missing[0]} does not exist in the model (nor do {len(missing) - 1} others of "
+            f"layer {printable(missing[0])} does not exist in the model (nor do {len(missing) - 1} others of "
             f"{len(parameters.layers)}); the model has, for example, {known}"
         )
     for name, named in layers.items():
@@ -113,13 +114,8 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
     Raises:
         SCAPError: if a model is sparse already, or nothing in any of them matches the config.
     """
-    for name, model in models.items():
-        if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
-            raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
-    layers = {name: {layer.path: layer for layer in named_layers(model)} for name, model in models.items()}
+    layers = _layers_of_dense_models(models)
     everything = {path: layer for named in layers.values() for path, layer in named.items()}
-    if not everything:
-        raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
     check_patterns(everything, config)
     present = {layer.role for layer in everything.values() if layer.role}
     has_experts = any(
@@ -139,6 +135,16 @@ def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str
     for role in config.targets:
         if role not in present:
             logger.info("the model has no layer of role %s", role)
+    return layers
+
+
+def _layers_of_dense_models(models: Mapping[str, ov.Model]) -> dict[str, dict[str, FullyConnected]]:
+    for name, model in models.items():
+        if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
+            raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
+    layers = {name: {layer.path: layer for layer in named_layers(model)} for name, model in models.items()}
+    if not any(layers.values()):
+        raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
     return layers
 
 
@@ -167,22 +173,42 @@ def read_parameters(model: ov.Model) -> SCAPParameters | None:
     """
     if not model.has_rt_info(_RT_INFO):
         return None
-    try:
-        return SCAPParameters.model_validate_json(model.get_rt_info(_RT_INFO).astype(str))
-    except ValidationError as error:
-        raise SCAPError(f"the model's SCAP parameters are damaged: {describe_validation_error(error)}") from error
+    return parameters_from_json(model.get_rt_info(_RT_INFO).astype(str), "the model's SCAP parameters")
 
 
 def measure_sparsity(model: ov.Model, samples: Iterable[Any], total: int | None = None) -> dict[str, float]:
-    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path."""
+    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path.
+
+    Every token counts alike, padding not at all; a layer that no token reaches is left out. Of a layer that is pruned
+    in decode only, the fraction that decoding the same tokens one by one would prune.
+
+    Raises:
+        SCAPError: if there are no samples, or the model cannot run on one.
+    """
     ops = find_threshold_ops(clone := model.clone())
     if not ops:
         return {}
-    run = Runner(model_with_outputs(clone, pruned_fractions(ops)))
-    batches: list[list[float]] = []
-    run_over(samples, lambda sample: batches.append([value.item() for value in run(sample)]), total, "Sparsity")
-    means = np.mean(np.array(batches), axis=0)
-    return {match.layer.path: float(mean) for match, mean in zip(ops, means, strict=True)}
+    run = Runner(model_with_outputs(clone, [_pruned_by_token(match) for match in ops]))
+    skipped = SkippedChannels()
+
+    def measure(sample: Any) -> None:
+        inputs = run.inputs_by_name(sample)
+        padding = Padding(inputs)
+        for match, by_token in zip(ops, run(inputs), strict=True):
+            rows = padding.kept_rows(match.layer.path, (*by_token.shape, match.layer.in_features))
+            values = by_token.reshape(-1) if rows is None else by_token.reshape(-1)[rows]
+            skipped.add(match.layer.path, float(values.sum(dtype=np.float64)), values.size)
+
+    if run_over(samples, measure, total, "Sparsity") == 0:
+        raise SCAPError("the dataset to measure sparsity on is empty")
+    return skipped.fractions()
+
+
+def _pruned_by_token(match: ThresholdOps) -> ov.Output:
+    """The fraction of input channels that is pruned of each token: `[...]` for activations `[..., channels]`."""
+    magnitude = match.mask.get_node().input_value(0)
+    pruned = opset.convert(opset.less_equal(magnitude, opset.constant(np.float32(match.threshold))), "f32")
+    return opset.reduce_mean(pruned, opset.constant(np.array([-1], dtype=np.int64))).output(0)
 
 
 def named_layers(model: ov.Model) -> list[FullyConnected]:
@@ -235,26 +261,15 @@ class _Collector:
         self._run.set_fixed_inputs(inputs)
 
         def collect(sample: Any) -> None:
-            for site, activations in zip(self._sites, self._run(sample), strict=True):
-                visit(site.key, without_padding(activations, sample))
+            named = self._run.inputs_by_name(sample)
+            padding = Padding(named)
+            for site, activations in zip(self._sites, self._run(named), strict=True):
+                rows = padding.kept_rows(site.layers[0], activations.shape)
+                visit(site.key, activations if rows is None else activations.reshape(-1, activations.shape[-1])[rows])
 
         limit = None if self._total is None else max(1, math.ceil(self._total * fraction))
         if run_over(self._samples, collect, self._total, description, limit) == 0:
             raise SCAPError("the calibration dataset is empty")
-
-
-def without_padding(activations: np.ndarray, sample: Any) -> np.ndarray:
-    """`activations` `[batch, tokens, channels]` without the tokens that the sample's attention mask marks as padding.
-
-    Returned unchanged when there is no mask of this shape; else `[kept tokens, channels]`.
-    """
-    mask = sample.get("attention_mask") if isinstance(sample, dict) else None
-    if mask is None:
-        return activations
-    mask = np.asarray(mask)
-    if mask.all() or activations.shape[:-1] != mask.shape:
-        return activations
-    return activations[mask.astype(bool)]
 
 
 def _scalar_parameter(name: str) -> ov.Node:

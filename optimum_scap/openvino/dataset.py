@@ -1,11 +1,14 @@
 """Calibration inputs for optimum-intel models: named datasets, generated text and local files through one function."""
 
-import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum.intel import OVModelForCausalLM
+import numpy as np
+import torch
+from datasets import Dataset
+from optimum.intel import OVModelForCausalLM, OVModelForSeq2SeqLM
 from optimum.intel.openvino import utils as ov_utils
 from optimum.intel.openvino.configuration import OVQuantizationConfigBase
 from optimum.intel.openvino.modeling_base import OVBaseModel
@@ -13,31 +16,30 @@ from optimum.intel.openvino.quantization import OVCalibrationDatasetBuilder
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..config import SCAPConfig
-from ..errors import SCAPError, first_line
-from ..text import is_text_file, load_tokenizer, token_windows
-
-
-logger = logging.getLogger(__name__)
-
-KNOWN_DATASETS = tuple(
-    sorted({"auto"}.union(*(getattr(ov_utils, name) for name in dir(ov_utils) if name.startswith("PREDEFINED_"))))
+from ..errors import SCAPError, first_line, printable, raise_interruption_behind
+from ..lengths import clamp_length
+from ..samples import as_array, describe_sample, inputs_of, texts_or_samples
+from ..text import (
+    check_dataset_name,
+    cut_into_windows,
+    generated_samples,
+    is_text_file,
+    load_tokenizer,
+    token_windows,
 )
 
 
-def check_dataset_name(name: str) -> None:
-    """Checks that `name` is `auto`, a name that optimum-intel's helper knows, or an existing file.
+__all__ = ["KNOWN_DATASETS", "build_samples", "check_dataset_name", "named_text_samples"]
 
-    Raises:
-        SCAPError: otherwise, listing what can be used.
-    """
-    if is_text_file(name):
-        if not Path(name).is_file():
-            raise SCAPError(f"dataset file {name} does not exist or is not a file")
-    elif name.partition(":")[0] not in KNOWN_DATASETS:
-        raise SCAPError(
-            f"dataset {name!r} is neither a file nor a name that optimum-intel knows; use auto, a .txt, .jsonl, .json "
-            f"or .parquet file, or one of {', '.join(known for known in KNOWN_DATASETS if known != 'auto')}"
-        )
+# Tokens that the decoder of an encoder-decoder writes per sample.
+_GENERATED_TOKENS = 128
+_TEXT_INPUTS = ("input_ids", "attention_mask")
+
+KNOWN_DATASETS = tuple(
+    sorted(
+        set().union(*(getattr(ov_utils, name) for name in dir(ov_utils) if name.startswith("PREDEFINED_"))) - {"auto"}
+    )
+)
 
 
 def build_samples(
@@ -52,8 +54,9 @@ def build_samples(
     Args:
         model: any optimum-intel model.
         config: number, length and seed of the samples, and the dataset where `dataset` is None.
-        dataset: None, the name of a dataset, a local file, `auto`, a `datasets.Dataset`, an `nncf.Dataset`, an
-            iterable of model inputs, or a dict of the last two by submodel name.
+        dataset: None, the name of a dataset, a local file, `auto`, a `datasets.Dataset` (of text, or of model inputs),
+            an `nncf.Dataset`, an iterable of model inputs or of strings, or a dict of datasets of model inputs by
+            submodel name.
         tokenizer: the tokenizer or where to load it from; by default the folder that the model was loaded from.
         trust_remote_code: whether a tokenizer may bring code of its own.
 
@@ -61,73 +64,149 @@ def build_samples(
         SCAPError: if the dataset cannot be loaded, or is empty or too short.
     """
     dataset = config.dataset if dataset is None else dataset
+    source = _folder(model) if tokenizer is None else tokenizer
     if isinstance(dataset, str | Path):
-        dataset = str(dataset)
-        check_dataset_name(dataset)
-        source = tokenizer if tokenizer is not None else _folder(model)
-        if is_text_file(dataset):
-            loaded = load_tokenizer(source, trust_remote_code)
-            samples = _from_file(model, config, dataset, loaded)
-        else:
-            samples = _from_name(model, config, dataset, source, trust_remote_code)
-    elif _is_hub_dataset(dataset):
-        builder = OVCalibrationDatasetBuilder(model, seed=config.seed, trust_remote_code=trust_remote_code)
-        helper_config = _helper_config(config, None, tokenizer or _folder(model))
-        samples = _unpack(builder.build_from_dataset(helper_config, dataset))
-    elif isinstance(dataset, Mapping):
-        samples = _unpack(dataset)
+        samples = _from_text_or_name(model, config, str(dataset), source, trust_remote_code)
+    elif isinstance(dataset, Mapping) and dataset and dataset.keys() <= model.ov_models.keys():
+        samples = {name: _samples_of_part(name, part, config) for name, part in dataset.items()}
     else:
-        samples = _unpack({"model": dataset})
+        samples = _from_object(model, config, dataset, source, trust_remote_code)
     if not any(samples.values()):
         raise SCAPError("the calibration dataset is empty")
     return samples
 
 
-def _from_file(
-    model: OVBaseModel, config: SCAPConfig, path: str, tokenizer: PreTrainedTokenizerBase
+def _from_text_or_name(
+    model: OVBaseModel, config: SCAPConfig, name: str, source: Any, trust_remote_code: bool
 ) -> dict[str, list[Any]]:
-    import torch
+    check_dataset_name(name)
+    if is_text_file(name):
+        tokenizer = load_tokenizer(source, trust_remote_code)
+        seq_len = clamp_length(config.seq_len, model.config, tokenizer)
+        windows = token_windows(name, tokenizer, config.num_samples, seq_len)
+        return _from_windows(model, config, windows, tokenizer)
+    if name == "auto":
+        if len(model.ov_models) > 1:
+            raise SCAPError(
+                f"dataset auto needs a model that is a decoder alone, a {type(model).__name__} is made of several; "
+                "use a local .txt, .jsonl, .json or .parquet file, or pass a dataset"
+            )
+        tokenizer = load_tokenizer(source, trust_remote_code)
+        return _from_windows(model, config, generated_samples(model, tokenizer, config), tokenizer)
+    return _from_name(model, config, name, source, model.config, trust_remote_code)
 
-    seq_len = min(config.seq_len, getattr(model.config, "max_position_embeddings", None) or config.seq_len)
-    windows = token_windows(path, tokenizer, config.num_samples, seq_len)
-    if len(windows) < config.num_samples:
-        logger.warning(
-            "%s holds only %d samples of %d tokens, %d were asked for; calibrating on those",
-            path,
-            len(windows),
-            seq_len,
-            config.num_samples,
-        )
-    batches = [{name: torch.tensor([ids]) for name, ids in window.items()} for window in windows]
+
+def _from_object(
+    model: OVBaseModel, config: SCAPConfig, dataset: Any, source: Any, trust_remote_code: bool
+) -> dict[str, list[Any]]:
+    parts = list(model.ov_models)
+    by_part = f"pass a dict of samples by model ({', '.join(parts)})"
+    if isinstance(dataset, Mapping) and len(parts) > 1:
+        names = printable(", ".join(map(str, dataset)))
+        raise SCAPError(f"a {type(model).__name__} is made of several models, of which {names} names none: {by_part}")
+    reads_text = isinstance(model, OVModelForSeq2SeqLM) and model.main_input_name == "input_ids"
+    if len(parts) > 1 and hasattr(dataset, "column_names") and not reads_text:
+        return _from_builder(model, config, dataset, source, trust_remote_code)
+    documents, samples = texts_or_samples(dataset, config.num_samples, _input_names(model))
+    if documents is not None:
+        tokenizer = load_tokenizer(source, trust_remote_code)
+        seq_len = clamp_length(config.seq_len, model.config, tokenizer)
+        windows = cut_into_windows(documents, tokenizer, config.num_samples, seq_len, "the calibration dataset")
+        return _from_windows(model, config, windows, tokenizer)
+    if len(parts) == 1:
+        return {parts[0]: [_completed(model, sample) for sample in samples]}
+    rows = [row for sample in samples for row in _token_rows(sample)] if reads_text else []
+    if not rows:
+        raise SCAPError(f"a {type(model).__name__} is made of several models: {by_part}")
+    rows_config = config.model_copy(update={"num_samples": len(rows)})
+    return _from_builder(model, rows_config, Dataset.from_list(rows), source, trust_remote_code)
+
+
+def _token_rows(sample: Any) -> list[dict[str, list[int]]]:
+    """The sequences of a sample, each with the inputs of an encoder."""
+    inputs = inputs_of(sample)
+    if isinstance(inputs, list):
+        inputs = dict(zip(_TEXT_INPUTS, inputs, strict=False))
+    arrays = {name: as_array(inputs[name]) for name in _TEXT_INPUTS if inputs.get(name) is not None}
+    if "input_ids" not in arrays:
+        raise SCAPError(f"the calibration sample {describe_sample(sample)} has no input_ids")
+    arrays.setdefault("attention_mask", np.ones_like(arrays["input_ids"]))
+    return [
+        {name: values[index].tolist() for name, values in arrays.items()} for index in range(len(arrays["input_ids"]))
+    ]
+
+
+def _samples_of_part(name: str, dataset: Any, config: SCAPConfig) -> list[Any]:
+    documents, samples = texts_or_samples(dataset, config.num_samples)
+    if documents is not None:
+        raise SCAPError(f"the dataset for {name} is text: pass model inputs")
+    return list(samples)
+
+
+def _from_windows(
+    model: OVBaseModel, config: SCAPConfig, windows: list[dict[str, list[int]]], tokenizer: Any
+) -> dict[str, list[Any]]:
+    parts = list(model.ov_models)
+    if len(parts) == 1:
+        return {parts[0]: [_completed(model, {name: [ids] for name, ids in window.items()}) for window in windows]}
+    return _from_builder(model, config, Dataset.from_list(windows), tokenizer, False)
+
+
+def _from_builder(
+    model: OVBaseModel, config: SCAPConfig, dataset: Any, source: Any, trust_remote_code: bool
+) -> dict[str, list[Any]]:
+    """What optimum-intel's helper collects while a model of several parts runs on `dataset`."""
+    builder = OVCalibrationDatasetBuilder(model, seed=config.seed, trust_remote_code=trust_remote_code)
+    helper_config = _helper_config(config, None, source)
+    # The decoder is to write no more tokens than it takes.
+    helper_config._dataset_kwargs["seq_len"] = clamp_length(_GENERATED_TOKENS, model.config)
+    try:
+        return _unpack(builder.build_from_dataset(helper_config, dataset))
+    except Exception as error:  # it expects columns and processors that differ from model to model
+        raise_interruption_behind(error)
+        raise SCAPError(
+            f"a {type(model).__name__} cannot be calibrated on this dataset: {first_line(error)}; pass a dict of "
+            f"samples by model ({', '.join(model.ov_models)})"
+        ) from error
+
+
+def _completed(model: OVBaseModel, sample: Any) -> Any:
+    """A sample with the inputs that can be told from those that are there, as a PyTorch model does itself."""
+    names = _input_names(model)
+    inputs = inputs_of(sample)
+    if isinstance(inputs, list):
+        if len(inputs) == len(names) or len(inputs) > len(_TEXT_INPUTS) or names[:1] != ["input_ids"]:
+            return sample
+        inputs = dict(zip(_TEXT_INPUTS, inputs, strict=False))
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if "input_ids" not in inputs or inputs.keys() >= set(names):
+        return inputs
+    ids = torch.as_tensor(as_array(inputs["input_ids"]))
     if isinstance(model, OVModelForCausalLM):
-        return {"model": [_prepare_inputs(model, batch) for batch in batches]}
-    if model._ov_model_names == ["model"]:
-        names = {name for port in model.model.inputs for name in port.get_names()}
-        for batch in batches:  # not every tokenizer makes them, and a single text is all of the first type
-            batch.setdefault("token_type_ids", torch.zeros_like(batch["input_ids"]))
-        return {
-            "model": [{name: value.numpy() for name, value in batch.items() if name in names} for batch in batches]
-        }
-    from datasets import Dataset
-
-    builder = OVCalibrationDatasetBuilder(model, seed=config.seed)
-    return _unpack(builder.build_from_dataset(_helper_config(config, None, tokenizer), Dataset.from_list(windows)))
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(as_array(mask)).long()
+        return {**model.prepare_inputs(input_ids=ids, attention_mask=mask), **inputs}
+    # not every tokenizer makes them, and a single text is all of the first type
+    defaults = {"attention_mask": torch.ones_like(ids).numpy(), "token_type_ids": torch.zeros_like(ids).numpy()}
+    return {**{name: value for name, value in defaults.items() if name in names}, **inputs}
 
 
-def _prepare_inputs(model: OVModelForCausalLM, batch: dict[str, Any]) -> dict[str, Any]:
-    inputs = model.prepare_inputs(**{name: batch[name] for name in ("input_ids", "attention_mask") if name in batch})
-    return dict(inputs)
+def _input_names(model: OVBaseModel) -> list[str]:
+    """The names of the inputs of every model inside `model`, in order."""
+    return [port.get_any_name() for part in model.ov_models.values() for port in part.inputs]
 
 
 def named_text_samples(
-    name: str, tokenizer: PreTrainedTokenizerBase, config: SCAPConfig, trust_remote_code: bool
+    name: str, tokenizer: PreTrainedTokenizerBase, config: SCAPConfig, model_config: Any, trust_remote_code: bool
 ) -> list[dict[str, Any]]:
     """Token windows of a text dataset that optimum-intel's helper knows, for a model of any framework.
+
+    `model_config` tells how many tokens the model takes.
 
     Raises:
         SCAPError: if it cannot be loaded.
     """
-    return _from_name(_TextInputs(), config, name, tokenizer, trust_remote_code)["model"]
+    return _from_name(_TextInputs(), config, name, tokenizer, model_config, trust_remote_code)["model"]
 
 
 class _TextInputs(OVModelForCausalLM):
@@ -141,22 +220,31 @@ class _TextInputs(OVModelForCausalLM):
 
 
 def _from_name(
-    model: OVBaseModel, config: SCAPConfig, name: str, tokenizer: Any, trust_remote_code: bool
+    model: OVBaseModel, config: SCAPConfig, name: str, tokenizer: Any, model_config: Any, trust_remote_code: bool
 ) -> dict[str, list[Any]]:
-    set_seed(config.seed)
+    set_seed(config.seed % 2**32)
     builder = OVCalibrationDatasetBuilder(model, seed=config.seed, trust_remote_code=trust_remote_code)
-    options = name if ":" in name or name == "auto" else f"{name}:seq_len={config.seq_len}"
+    known = None if isinstance(tokenizer, str | Path) else tokenizer
+    options = _with_length(name, config.seq_len, model_config, known)
     try:
         return _unpack(builder.build_from_quantization_config(_helper_config(config, options, tokenizer)))
     except Exception as error:
         # What a missing network raises depends on the versions of datasets, huggingface_hub and httpx.
-        if name == "auto":
-            hint = (
-                "; it needs a model that generates text, for others use a local .txt, .jsonl, .json or .parquet file"
-            )
-        else:
-            hint = "; without network use a local .txt, .jsonl, .json or .parquet file, or auto"
-        raise SCAPError(f"calibration dataset {name!r} could not be loaded: {first_line(error)}{hint}") from error
+        raise_interruption_behind(error)
+        raise SCAPError(
+            f"calibration dataset {name!r} could not be loaded: {first_line(error)}; without network use a local "
+            ".txt, .jsonl, .json or .parquet file, or auto"
+        ) from error
+
+
+def _with_length(name: str, seq_len: int, model_config: Any, tokenizer: Any) -> str:
+    """The name of a dataset with the length of its samples, no longer than the model takes."""
+    dataset, _, options = name.partition(":")
+    given = re.fullmatch(r"\s*seq_len\s*=\s*(\d{1,9})\s*", options)
+    if options and given is None:
+        return name  # the helper says what is wrong with it
+    wanted = seq_len if given is None else int(given[1])
+    return f"{dataset}:seq_len={clamp_length(wanted, model_config, tokenizer)}"
 
 
 def _helper_config(config: SCAPConfig, dataset: str | None, tokenizer: Any) -> OVQuantizationConfigBase:
@@ -174,11 +262,5 @@ def _unpack(datasets: Mapping[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def _is_hub_dataset(dataset: Any) -> bool:
-    from datasets import Dataset, IterableDataset
-
-    return isinstance(dataset, Dataset | IterableDataset)
-
-
 def _folder(model: OVBaseModel) -> str:
-    return str(getattr(model, "model_save_dir", None) or model.config._name_or_path)
+    return str(getattr(model, "model_save_dir", None) or getattr(model.config, "_name_or_path", ""))

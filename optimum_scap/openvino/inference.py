@@ -1,6 +1,6 @@
 """Runs an `ov.Model` over calibration samples and hands out values from inside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,8 @@ import openvino as ov
 from nncf.definitions import NNCF_DATASET_RESET_STATE_KEY
 from openvino import opset13 as opset
 
-from ..errors import SCAPError
+from ..errors import SCAPError, first_line, printable
+from ..samples import as_array, describe_sample, inputs_of
 
 
 # Everything that OpenVINO approximates by default is turned off: thresholds belong to the model, not to one CPU.
@@ -48,33 +49,51 @@ class Runner:
     def set_fixed_inputs(self, values: dict[str, np.ndarray]) -> None:
         self._fixed = values
 
-    def __call__(self, sample: Any) -> list[np.ndarray]:
-        """The outputs of the model for `sample`: a dict by input name, or the inputs in order."""
-        continues = False
-        if isinstance(sample, dict):
-            # NNCF's mark on a sample that continues the one before it.
-            continues = sample.get(NNCF_DATASET_RESET_STATE_KEY) is False
-            inputs: Any = {name: value for name, value in sample.items() if name in self._names}
-            missing = self._names_missing(inputs)
+    def inputs_by_name(self, sample: Any) -> dict[str, Any]:
+        """What `sample` gives the model: inputs by name, inputs in order, or the one input.
+
+        Raises:
+            SCAPError: if it is not what the model needs.
+        """
+        inputs = inputs_of(sample)
+        if isinstance(inputs, dict):
+            missing = [
+                port.get_any_name()
+                for port in self._compiled.inputs
+                if not port.get_names() & (inputs.keys() | self._fixed.keys())
+            ]
             if missing:
                 raise SCAPError(
                     f"calibration sample lacks the model inputs {', '.join(missing)}; it has "
-                    f"{', '.join(map(str, sample)) or 'nothing'}"
+                    f"{printable(', '.join(map(str, inputs))) or 'nothing'}"
                 )
-        else:
-            values = sample if isinstance(sample, list | tuple) else [sample]
-            free = [port for port in self._compiled.inputs if not port.get_names() & self._fixed.keys()]
-            if len(values) != len(free):
-                raise SCAPError(f"calibration sample has {len(values)} inputs, the model has {len(free)}")
-            inputs = {port.get_any_name(): value for port, value in zip(free, values, strict=True)}
-        if self._stateful and not continues:
+            return inputs
+        free = [port for port in self._compiled.inputs if not port.get_names() & self._fixed.keys()]
+        if len(inputs) != len(free):
+            raise SCAPError(
+                f"calibration sample {describe_sample(sample)} has {len(inputs)} inputs, the model has {len(free)}"
+            )
+        return {port.get_any_name(): value for port, value in zip(free, inputs, strict=True)}
+
+    def __call__(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        """The outputs of the model for inputs by name; those that the model does not have are left out.
+
+        Raises:
+            SCAPError: if the model cannot run on them.
+        """
+        # NNCF's mark on a sample that continues the one before it.
+        if self._stateful and inputs.get(NNCF_DATASET_RESET_STATE_KEY) is not False:
             self._request.reset_state()
-        results = self._request.infer({**inputs, **self._fixed}, share_inputs=True, share_outputs=True)
+        try:
+            arrays = {name: _tensor(value) for name, value in inputs.items() if name in self._names}
+            results = self._request.infer({**arrays, **self._fixed}, share_inputs=True, share_outputs=True)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise SCAPError(
+                f"the model cannot run on the calibration sample {describe_sample(inputs)}: {first_line(error)}"
+            ) from error
         return [results[index] for index in range(len(self._compiled.outputs))]
 
-    def _names_missing(self, inputs: dict[str, Any]) -> list[str]:
-        return [
-            port.get_any_name()
-            for port in self._compiled.inputs
-            if not port.get_names() & (inputs.keys() | self._fixed.keys())
-        ]
+
+def _tensor(value: Any) -> Any:
+    """`value` for OpenVINO, which reads its own tensors, whatever their type, and arrays."""
+    return value if isinstance(value, ov.Tensor) else as_array(value)

@@ -185,24 +185,6 @@ def _threshold_in_decode(threshold: ov.Output, centred: ov.Output) -> tuple[ov.O
     return (in_decode, shape_of) if own and is_decode and dimension in (rank - 2, -2) else None
 
 
-def pruned_fractions(ops: Sequence[ThresholdOps]) -> list[ov.Output]:
-    """One scalar output per layer: the fraction of its input channels that one inference prunes.
-
-    Of a layer that is pruned in decode only, the fraction that decoding the same tokens one by one would prune.
-    """
-    fractions = []
-    for match in ops:
-        magnitude = match.mask.get_node().input_value(0)
-        mask = opset.less_equal(magnitude, opset.constant(np.float32(match.threshold)))
-        axes = _all_axes(magnitude.get_partial_shape().rank.get_length())
-        fractions.append(opset.reduce_mean(opset.convert(mask, "f32"), axes).output(0))
-    return fractions
-
-
-def _all_axes(rank: int) -> ov.Node:
-    return opset.constant(np.arange(rank, dtype=np.int64))
-
-
 def _same(a: ov.Output, b: ov.Output) -> bool:
     return a.get_node().get_name() == b.get_node().get_name() and a.get_index() == b.get_index()
 

@@ -16,10 +16,13 @@ from torch.nn.parameter import is_lazy
 from .. import __version__
 from ..calibration import KEEP_ALL, Site, Thresholding, Visit, calibrate, check_patterns, select_targets
 from ..config import RoleTarget, SCAPConfig
-from ..errors import SCAPError, first_line
+from ..errors import SCAPError, first_line, raise_interruption_behind
+from ..measuring import SkippedChannels
+from ..padding import Padding
 from ..parameters import QUANT_METHOD, LayerParameters, SCAPParameters
 from ..progress import length, run_over
 from ..roles import ROLES, find_role, module_path
+from ..samples import describe_sample, inputs_of
 from .gated import fuse_gated_blocks
 from .layers import convert, is_pruned, prune
 from .prunable import hooked_by_nncf, is_fully_connected, is_linear, why_dense
@@ -196,28 +199,38 @@ def _first_of(reasons: Mapping[str, str]) -> str:
 
 
 def measure_sparsity(model: nn.Module, samples: Iterable[Any]) -> dict[str, float]:
-    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path."""
+    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path.
+
+    Every token counts alike, padding not at all; a layer that no token reaches is left out. Of a layer that is pruned
+    in decode only, the fraction that decoding the same tokens one by one would prune.
+
+    Raises:
+        SCAPError: if there are no samples, or the model cannot run on one.
+    """
     layers = pruned_layers(model)
-    totals = {path: [0.0, 0] for path in layers}
+    if not layers:
+        return {}
+    skipped = SkippedChannels()
     runner = _Runner(model, layers, samples)
 
     def count(path: str, module: Any) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = runner.without_padding(_input_of(args, kwargs))
+            x = runner.without_padding(path, _input_of(args, kwargs))
             pruned = (x.float() - module.scap_mode).abs() <= module.scap_threshold
-            totals[path][0] += float(pruned.sum())
-            totals[path][1] += pruned.numel()
+            channels = max(1, x.shape[-1])
+            skipped.add(path, float(pruned.sum()) / channels, pruned.numel() // channels)
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [count(path, module) for path, module in layers.items()]
     try:
         with runner.inference():
-            run_over(samples, runner.forward, length(samples), "Sparsity")
+            if run_over(samples, runner.forward, length(samples), "Sparsity") == 0:
+                raise SCAPError("the dataset to measure sparsity on is empty")
     finally:
         for handle in handles:
             handle.remove()
-    return {path: pruned / max(1, total) for path, (pruned, total) in totals.items()}
+    return skipped.fractions()
 
 
 class _Runner:
@@ -234,6 +247,10 @@ class _Runner:
         self._sites: list[Site] = []
         self._padding: _Padding | None = None
         self._options = _forward_options(model)
+        self._names = input_names(model)
+        config = getattr(model, "config", None)
+        self._encoder_decoder = getattr(config, "is_encoder_decoder", None)
+        self._pad_token = getattr(config, "pad_token_id", None)
 
     def find_sites(self, targets: Mapping[str, RoleTarget]) -> list[Site]:
         """Layers that read the same tensor with the same target share a site, as gate and up do."""
@@ -269,7 +286,7 @@ class _Runner:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 x = _input_of(args, kwargs)
                 if path == site.key:
-                    visit(site.key, self.without_padding(x))
+                    visit(site.key, self.without_padding(path, x))
                 return None if thresholding is KEEP_ALL else ((prune(x, mode, threshold),), {})
 
             return hook
@@ -281,29 +298,32 @@ class _Runner:
                 raise SCAPError("the calibration dataset is empty")
 
     def forward(self, sample: Any) -> None:
-        self._padding = _Padding.of(sample)
+        inputs = inputs_of(sample)
+        self._padding = _Padding(self._by_name(inputs), self._encoder_decoder, self._pad_token)
         try:
-            self._call(sample)
+            self._call(inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise_interruption_behind(error)
             raise SCAPError(
-                f"a {type(self._model).__name__} cannot run on the calibration sample {_describe(sample)}: "
+                f"a {type(self._model).__name__} cannot run on the calibration sample {describe_sample(sample)}: "
                 f"{first_line(error)}"
             ) from error
 
-    def _call(self, sample: Any) -> None:
-        device = _input_device(self._model)
-        if isinstance(sample, Mapping):
-            options = {name: value for name, value in self._options.items() if name not in sample}
-            self._model(**{name: _to(value, device) for name, value in sample.items()}, **options)
-        elif isinstance(sample, list | tuple):
-            self._model(*[_to(value, device) for value in sample], **self._options)
-        else:
-            self._model(_to(sample, device), **self._options)
+    def _by_name(self, inputs: dict[str, Any] | list[Any]) -> dict[str, Any]:
+        return inputs if isinstance(inputs, dict) else dict(zip(self._names, inputs, strict=False))
 
-    def without_padding(self, x: Tensor) -> Tensor:
-        return x if self._padding is None else self._padding.remove_from(x)
+    def _call(self, inputs: dict[str, Any] | list[Any]) -> None:
+        device = _input_device(self._model)
+        if isinstance(inputs, dict):
+            options = {name: value for name, value in self._options.items() if name not in inputs}
+            self._model(**{name: _to(value, device) for name, value in inputs.items()}, **options)
+        else:
+            self._model(*[_to(value, device) for value in inputs], **self._options)
+
+    def without_padding(self, path: str, x: Tensor) -> Tensor:
+        return x if self._padding is None else self._padding.remove_from(path, x)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -333,28 +353,23 @@ class _Runner:
                 handle.remove()
 
 
-class _Padding:
-    """Which tokens of a sample are padding, as its attention mask says."""
+class _Padding(Padding):
+    """The padding of one sample, and its removal from tensors on any device."""
 
-    def __init__(self, mask: Tensor) -> None:
-        self._shape = mask.shape
-        # Indices that are made where the mask is, before it moves to a GPU, need no synchronisation.
-        self._kept = mask.reshape(-1).nonzero().squeeze(1)
+    def __init__(self, inputs: Mapping[str, Any], encoder_decoder: bool | None, pad_token: int | None) -> None:
+        super().__init__(inputs, encoder_decoder, pad_token)
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
-    @classmethod
-    def of(cls, sample: Any) -> "_Padding | None":
-        mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-            return None
-        return cls(mask)
-
-    def remove_from(self, x: Tensor) -> Tensor:
-        """`[batch, tokens, channels]` or `[batch * tokens, channels]` to `[kept tokens, channels]`."""
-        tokens = self._shape.numel()
-        if x.shape[:-1] not in (self._shape, torch.Size([tokens])):
+    def remove_from(self, path: str, x: Tensor) -> Tensor:
+        """`[..., channels]` as it enters the layer `path`, to `[kept tokens, channels]` where there is padding."""
+        rows = self.kept_rows(path, x.shape)
+        if rows is None:
             return x
-        self._kept = self._kept.to(x.device, non_blocking=True)
-        return x.reshape(tokens, -1).index_select(0, self._kept)
+        key = (id(rows), x.device)
+        if key not in self._indices:
+            # Made on the host, they reach a GPU without synchronisation.
+            self._indices[key] = torch.from_numpy(rows).to(x.device, non_blocking=True)
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._indices[key])
 
 
 def _record(visit: Any, path: str) -> Any:
@@ -367,15 +382,6 @@ def _record(visit: Any, path: str) -> Any:
 def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The one argument that a fully connected layer is called with."""
     return next(iter((*args, *kwargs.values())))
-
-
-def _describe(sample: Any) -> str:
-    if isinstance(sample, Mapping):
-        return f"{{{', '.join(f'{name}: {_describe(value)}' for name, value in sample.items())}}}"
-    if isinstance(sample, list | tuple):
-        return f"[{', '.join(map(_describe, sample[:4]))}{', ...' if len(sample) > 4 else ''}]"
-    shape = list(sample.shape) if isinstance(sample, Tensor) else ""
-    return f"{type(sample).__name__}{shape}"
 
 
 def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, list[nn.Module]]:
@@ -420,6 +426,15 @@ def _forward_options(model: nn.Module) -> dict[str, Any]:
         return {}
     options = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in options.items() if name in names and hasattr(model, "config")}
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """The names of the inputs that `model` takes, in order; empty if it does not tell."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _input_device(model: nn.Module) -> torch.device | None:

@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint import check_loaded, check_quantization_method
 from ..config import SCAPConfig
 from ..disk import check_space
-from ..errors import SCAPError, first_line
+from ..errors import SCAPError, first_line, raise_interruption_behind
 from ..parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
 from ..roles import SHARED_INPUTS, find_role
 from ..sparsify import sparsify_activations
@@ -83,6 +83,7 @@ def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # a damaged config fails anywhere
+        raise_interruption_behind(error)
         raise SCAPError(f"{folder}: config.json describes no model: {first_line(error)}") from error
     modules = find_modules(model, layers)
     return [path for path in layers if is_conv1d(modules[path][0])]
@@ -179,6 +180,7 @@ def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any
             model, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # damaged weights and missing libraries of quantized models fail anywhere
+        raise_interruption_behind(error)
         hint = ", and no format but safetensors is read" if next(Path(model).glob("*.bin"), None) else ""
         # Without the library that quantized it transformers may say anything.
         kind = f"{quantization.get('quant_method')} model" if quantization is not None else "model"
@@ -195,7 +197,8 @@ def _quantization(model: str, options: dict[str, Any]) -> dict[str, Any] | None:
 
     try:
         found = PretrainedConfig.get_config_dict(model, **options)[0].get("quantization_config")
-    except Exception:  # loading the model says more
+    except Exception as error:  # loading the model says more
+        raise_interruption_behind(error)
         return None
     return found if isinstance(found, dict) else None
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..disk import DiskFullError, is_disk_full
-from ..errors import SCAPError, first_line
+from ..errors import SCAPError, first_line, raise_interruption_behind
 from .wrappers import has_adapters
 
 
@@ -43,6 +43,7 @@ def check_can_be_saved(model: nn.Module) -> None:
         _check_config(copy.deepcopy(model.config))
         _check_tied_weights(model)
     except Exception as error:  # configs and models bring checks of their own
+        raise_interruption_behind(error)
         raise SCAPError(f"a {type(model).__name__} could not be saved: {first_line(error)}") from error
 
 
@@ -98,6 +99,7 @@ def saving_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors, transformers, tokenizers, and code that a model brings
+        raise_interruption_behind(error)
         if is_disk_full(error, folder):
             raise DiskFullError(folder) from error
         raise SCAPError(f"the model could not be written to {folder}: {first_line(error)}") from error

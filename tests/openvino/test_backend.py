@@ -1,16 +1,19 @@
 """Calibration and threshold operations on small IRs, against numpy."""
 
+import json
+
 import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as opset
 from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, samples
 
-from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
+from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
 from optimum_scap.openvino.backend import measure_sparsity, named_layers, read_parameters
 from optimum_scap.openvino.graph import evaluate_constant, evaluate_weights, find_fully_connected
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
+from optimum_scap.parameters import LayerParameters
 
 
 CONFIG = SCAPConfig.from_spec("up=0.4,gate=0.4,down=0.6")
@@ -132,23 +135,122 @@ def test_decode_only_prunes_forwards_of_one_token_per_sequence(mode: str, tmp_pa
     assert np.abs(infer(everywhere, {"x": data[0]["x"]}) - infer(dense, {"x": data[0]["x"]})).max() > 0.1
 
 
-def test_padding_tokens_do_not_count() -> None:
-    x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
-    x.output(0).set_names({"x"})
-    mask = opset.parameter([-1, -1], np.int64, name="attention_mask")
-    mask.output(0).set_names({"attention_mask"})
-    used = opset.multiply(x, opset.convert(opset.unsqueeze(mask, opset.constant([2])), "f32"))
+def parameter(name: str, shape: list[int], dtype: type = np.float32) -> ov.Node:
+    node = opset.parameter(shape, dtype, name=name)
+    node.output(0).set_names({name})
+    return node
+
+
+def masked_layer(path: str, flat: bool = False) -> ov.Model:
+    """One fully connected layer over `x` [batch, tokens, HIDDEN], as [batch * tokens, HIDDEN] if `flat`."""
+    x, mask = parameter("x", [-1, -1, HIDDEN]), parameter("attention_mask", [-1, -1], np.int64)
+    used = opset.add(
+        x, opset.multiply(opset.convert(opset.reduce_max(mask, [0, 1]), "f32"), opset.constant(np.float32(0)))
+    )
+    if flat:
+        used = opset.reshape(used, opset.constant([-1, HIDDEN]), False)
+    node = opset.matmul(used, opset.constant(np.ones((4, HIDDEN), dtype=np.float32)), False, True)
+    node.set_friendly_name(f"__module.{path}/aten::linear/MatMul")
+    return ov.Model([opset.result(node)], [x, mask], "masked")
+
+
+def padded_sample(batch: int = 1, tokens: int = 50, kept: int = 20) -> dict[str, np.ndarray]:
+    attention = np.ones((batch, tokens), dtype=np.int64)
+    attention[0, kept:] = 0
+    return {
+        "x": np.random.default_rng(0).standard_normal((batch, tokens, HIDDEN)).astype(np.float32),
+        "attention_mask": attention,
+    }
+
+
+def forms_of(sample: dict[str, np.ndarray]) -> dict[str, object]:
+    import torch
+    from transformers import BatchEncoding, BatchFeature
+    from transformers.utils import ModelOutput
+
+    tensors = {name: torch.from_numpy(value) for name, value in sample.items()}
+    return {
+        "arrays": sample,
+        "tensors": tensors,
+        "OpenVINO tensors": {name: ov.Tensor(value) for name, value in sample.items()},
+        "bfloat16": {**tensors, "x": tensors["x"].bfloat16().float().bfloat16()},
+        "lists": {name: value.tolist() for name, value in sample.items()},
+        "bool mask": {**sample, "attention_mask": sample["attention_mask"].astype(bool)},
+        "float mask": {**sample, "attention_mask": sample["attention_mask"].astype(np.float32)},
+        "tuple": tuple(sample.values()),
+        "list": list(tensors.values()),
+        "BatchEncoding": BatchEncoding(sample),
+        "BatchFeature": BatchFeature(tensors),
+        "ModelOutput": ModelOutput(sample),
+        "with names that the model lacks": {**sample, "text": "as it was", "labels": [1]},
+    }
+
+
+@pytest.mark.parametrize("form", forms_of(padded_sample()))
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_tokens_do_not_count(flat: bool, form: str) -> None:
+    sample = padded_sample(batch=2)
+    model = masked_layer("model.decoder.layers.0.fc1", flat)
+    sparsify_activations(model, "up=0.5", [forms_of(sample)[form]])
+    threshold = read_parameters(model).layers["model.decoder.layers.0.fc1"].threshold
+    kept = np.abs(sample["x"][sample["attention_mask"].astype(bool)])
+    if form == "bfloat16":
+        assert threshold == pytest.approx(np.quantile(kept, 0.5), rel=0.01)
+    else:
+        assert threshold == np.quantile(kept, 0.5, method="inverted_cdf")
+
+
+def test_padding_in_a_decoder_behind_an_encoder() -> None:
+    """The same number of tokens on both sides, as optimum-intel feeds the decoder of a T5."""
+    inputs = {name: parameter(name, [-1, -1], np.int64) for name in ("input_ids", "encoder_attention_mask")}
+    inputs["encoder_hidden_states"] = parameter("encoder_hidden_states", [-1, -1, HIDDEN])
+    table = opset.constant(np.random.default_rng(1).standard_normal((100, HIDDEN)).astype(np.float32))
     weights = opset.constant(np.ones((4, HIDDEN), dtype=np.float32))
-    node = opset.matmul(used, weights, False, True)
-    node.set_friendly_name("__module.layers.0.fc1/aten::linear/MatMul")
-    model = ov.Model([opset.result(node)], [x, mask], "masked")
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((1, 50, HIDDEN)).astype(np.float32)
-    attention = np.ones((1, 50), dtype=np.int64)
-    attention[0, 20:] = 0
-    sparsify_activations(model, "up=0.5", [{"x": values, "attention_mask": attention}])
-    threshold = read_parameters(model).layers["layers.0.fc1"].threshold
-    assert threshold == np.quantile(np.abs(values[0, :20]), 0.5, method="inverted_cdf")
+    used = {
+        "layer.1.EncDecAttention.k": inputs["encoder_hidden_states"],
+        "layer.1.EncDecAttention.q": opset.gather(table, inputs["input_ids"], opset.constant(0)),
+    }
+    results = []
+    for path, value in used.items():
+        node = opset.matmul(value, weights, False, True)
+        node.set_friendly_name(f"__module.decoder.block.0.{path}/aten::linear/MatMul")
+        results.append(opset.result(node))
+    results.append(opset.result(inputs["encoder_attention_mask"]))
+    model = ov.Model(results, list(inputs.values()), "decoder")
+    states = np.random.default_rng(2).standard_normal((1, 10, HIDDEN)).astype(np.float32)
+    sample = {
+        "input_ids": np.arange(10)[None],
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": np.array([[1] * 4 + [0] * 6]),
+    }
+    sparsify_activations(model, "k=0.5,q=0.5", [sample])
+    found = {path[-1]: layer.threshold for path, layer in read_parameters(model).layers.items()}
+    ids = evaluate_constant(table.output(0))[:10]
+    assert found["k"] == np.quantile(np.abs(states[:, :4]), 0.5, method="inverted_cdf")
+    assert found["q"] == np.quantile(np.abs(ids), 0.5, method="inverted_cdf")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_measured_sparsity_is_an_average_over_tokens(flat: bool) -> None:
+    path = "layers.0.fc1"
+    layer = LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
+    parameters = SCAPParameters(version="1", config=SCAPConfig.from_spec("up=0.5"), layers={path: layer})
+    model = sparsify_activations(masked_layer(path, flat), parameters)
+    half = np.full((1, 1, HIDDEN), 2, dtype=np.float32)
+    half[..., : HIDDEN // 2] = 0
+    samples: list[object] = [
+        {"x": half, "attention_mask": np.ones((1, 1), np.int64)},
+        {"x": np.zeros((1, 3, HIDDEN), np.float32), "attention_mask": np.ones((1, 3), np.int64)},
+    ]
+    assert measure_sparsity(model, samples) == {path: (0.5 + 3) / 4}
+    padded = np.full((1, 2, HIDDEN), 2, dtype=np.float32)
+    padded[0, 1] = 0
+    samples.append((padded, np.array([[1, 0]])))
+    assert measure_sparsity(model, samples) == {path: (0.5 + 3) / 5}
+    assert measure_sparsity(model, iter(samples)) == {path: (0.5 + 3) / 5}
+    assert measure_sparsity(model, [{"x": padded, "attention_mask": np.zeros((1, 2), np.int64)}]) == {}
+    with pytest.raises(SCAPError, match="dataset to measure sparsity on is empty"):
+        measure_sparsity(model, [])
 
 
 def test_calibration_leaves_the_model_alone_when_it_fails() -> None:
@@ -236,8 +338,14 @@ def test_bad_models_and_datasets() -> None:
         sparsify_activations(sparse, CONFIG, samples())
     with pytest.raises(SCAPError, match="empty"):
         sparsify_activations(gated_ffn(), CONFIG, [])
-    with pytest.raises(SCAPError, match="lacks the model inputs x"):
+    with pytest.raises(SCAPError, match="lacks the model inputs x; it has z"):
         sparsify_activations(gated_ffn(), CONFIG, [{"z": np.zeros(1)}])
+    with pytest.raises(SCAPError, match=r"sample \[ndarray\[1\], ndarray\[1\]\] has 2 inputs, the model has 1"):
+        sparsify_activations(gated_ffn(), CONFIG, [(np.zeros(1), np.zeros(1))])
+    with pytest.raises(SCAPError, match=r"cannot run on the calibration sample \{x: ndarray\[2, 3\]\}: .*incompat"):
+        sparsify_activations(gated_ffn(), CONFIG, [np.zeros((2, 3), np.float32)])
+    with pytest.raises(SCAPError, match="rows of different lengths; pad them"):
+        sparsify_activations(gated_ffn(), CONFIG, [{"x": [[1.0], [1.0, 2.0]]}])
     with pytest.raises(SCAPError, match="no tokenizer"):
         sparsify_activations(gated_ffn(), CONFIG)
     with pytest.raises(SCAPError, match="type builtins.dict are not supported"):
@@ -254,3 +362,55 @@ def test_samples_may_be_arrays_or_an_nncf_dataset() -> None:
     arrays = sparsify_activations(gated_ffn(), CONFIG, [sample["x"] for sample in data])
     dataset = sparsify_activations(gated_ffn(), CONFIG, nncf.Dataset(data))
     assert read_parameters(arrays) == read_parameters(dataset)
+
+
+def test_what_comes_with_parameters_is_not_acted_on(tmp_path) -> None:
+    """Patterns and the dataset say where parameters are from; the layers they are for are named by their paths."""
+    dense, config = gated_ffn(), SCAPConfig.from_spec("up=0.5", include=("elsewhere",), exclude=("proj",))
+    config = config.model_copy(update={"dataset": str(tmp_path / "missing.txt")})
+    layer = LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
+    layers = {"model.layers.0.mlp.up_proj": layer}
+    parameters = SCAPParameters(version="1", config=config, layers=layers)
+    assert read_parameters(sparsify_activations(dense, parameters)) == parameters
+    with pytest.raises(SCAPError, match="already holds SCAP"):
+        sparsify_activations(dense, parameters)
+    unknown = parameters.model_copy(update={"layers": {"a\nb": layer}})
+    with pytest.raises(SCAPError, match=r"layer a\\nb does not exist in the model .* has, for example, model\.layers"):
+        sparsify_activations(gated_ffn(), unknown)
+    x = opset.parameter([1, 3], np.float32)
+    with pytest.raises(SCAPError, match="has no fully connected layer"):
+        sparsify_activations(ov.Model([opset.result(opset.relu(x))], [x], "relu"), parameters)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 110))]
+)
+def test_damaged_rt_info(seed: int) -> None:
+    from test_parameters import OURS, damaged
+
+    model = gated_ffn(blocks=1)
+    content = damaged(json.dumps(OURS).encode(), seed).decode("utf-8", "replace")
+    model.set_rt_info(content, ["optimum_scap", "parameters"])
+    try:
+        found = read_parameters(model)
+    except SCAPError as error:
+        assert "the model's SCAP parameters" in str(error) and "\n" not in str(error)
+    else:
+        assert found is not None and SCAPParameters.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "message"),
+    [
+        ("", ["parameters"], "parameters cannot be read: Expecting value"),
+        ("[]", ["parameters"], "parameters are damaged: "),
+        ("x", ["parameters", "deeper"], "parameters cannot be read"),
+        ('{"layers": {}, "layers": {}}', ["parameters"], "parameters: layers is given twice"),
+        ("[" * 100_000, ["parameters"], "parameters cannot be read"),
+    ],
+)
+def test_rt_info_of_other_kinds(value: str, path: list[str], message: str) -> None:
+    model = gated_ffn(blocks=1)
+    model.set_rt_info(value, ["optimum_scap", *path])
+    with pytest.raises(SCAPError, match=message):
+        read_parameters(model)

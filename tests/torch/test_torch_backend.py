@@ -132,8 +132,8 @@ def test_arrays_are_samples_too() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([{"input_ids": [1, 2, 3]}], r"a LlamaForCausalLM cannot run on the calibration sample \{input_ids: \[int"),
-        (["some text"], "cannot run on the calibration sample str"),
+        ([{"input_ids": [[1, 9999]]}], r"a LlamaForCausalLM cannot run on the calibration sample \{input_ids: "),
+        (["some text"], "pass tokenizer="),
         ([{"ids": torch.ones(1, 8).long()}], r"calibration sample \{ids: Tensor\[1, 8\]\}"),
         ({"input_ids": torch.ones(1, 8).long()}, "a dict of input_ids is one sample"),
         (DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}), "a DatasetDict of train is one sample or a dict"),
