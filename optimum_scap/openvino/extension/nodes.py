@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 from openvino.utils.node_factory import NodeFactory
 
-from .build import build_extension
+from .build import build_extension, load_library
 from .packing import PackedLayer
 
 
@@ -39,7 +39,7 @@ def create_linear(
         library: a library of ``build_extension``; default builds (or finds) the native one.
 
     Raises:
-        ExtensionBuildError: the extension cannot be built.
+        ExtensionBuildError: the extension cannot be built or loaded.
         RuntimeError: attributes or shapes that do not fit together.
     """
     attributes = _attributes(layers, mode, threshold, decode_only, precision)
@@ -67,7 +67,7 @@ def create_feed_forward(
         hidden_mode, hidden_threshold: those of down's input. Others as for `create_linear`.
 
     Raises:
-        ExtensionBuildError: the extension cannot be built.
+        ExtensionBuildError: the extension cannot be built or loaded.
         RuntimeError: attributes or shapes that do not fit together.
     """
     attributes = _attributes(layers, mode, threshold, decode_only, precision) | {
@@ -80,6 +80,7 @@ def create_feed_forward(
 
 @lru_cache
 def _factory(library: Path) -> NodeFactory:
+    load_library(library)  # raises what is documented where the factory would raise a RuntimeError
     factory = NodeFactory()
     factory.add_extension(str(library))
     return factory
