@@ -13,7 +13,7 @@ from ..errors import SCAPError, first_line
 from ..parameters import SCAPParameters, checkpoint_parameters
 from ..tasks import infer_task
 from .backend import read_parameters
-from .fused_ir import is_fused, read_fused_ir
+from .fused_ir import is_fused, read_fused_ir, readable
 from .threshold_ops import find_threshold_ops
 
 
@@ -251,5 +251,5 @@ def _read_model(path: Path, library: Path | None = None) -> ov.Model:
         if library is not None:
             core.add_extension(str(library))
         return core.read_model(path)
-    except RuntimeError as error:
-        raise SCAPError(f"{path} cannot be read: {first_line(error)}") from error
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise SCAPError(f"{path} cannot be read: {first_line(readable(error))}") from error

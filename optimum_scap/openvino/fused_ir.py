@@ -50,6 +50,13 @@ def read_fused_ir(path: Path) -> FusedIR:
     return FusedIR(reader.parameters, frozenset(reader.precisions))
 
 
+def readable(error: Exception) -> Exception:
+    """`error` of OpenVINO, which quotes a damaged IR: what is no text makes a UnicodeDecodeError of any error."""
+    if not isinstance(error, UnicodeDecodeError):
+        return error
+    return RuntimeError(error.object.decode(errors="replace"))
+
+
 class _Reader:
     def __init__(self) -> None:
         self.parameters: str | None = None

@@ -24,7 +24,7 @@ from optimum.intel.openvino import modeling_base
 
 from ..errors import first_line
 from .extension.build import ExtensionBuildError, build_extension
-from .fused_ir import is_fused
+from .fused_ir import is_fused, readable
 from .fusion import fuse, is_operation, set_precision
 from .threshold_ops import find_threshold_ops
 
@@ -61,7 +61,10 @@ class SparseRuntimeMixin:
     def load_model(file_name: Any, *args: Any, **kwargs: Any) -> ov.Model:
         """As in optimum-intel. Reads fused IRs too, wherever they lie and whatever they are called."""
         _prepare_core(Path(file_name))
-        return modeling_base.OVBaseModel.load_model(file_name, *args, **kwargs)
+        try:
+            return modeling_base.OVBaseModel.load_model(file_name, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise readable(error) from error
 
     @staticmethod
     def _compile_model(
@@ -70,8 +73,7 @@ class SparseRuntimeMixin:
         if isinstance(model, str | Path):  # compile_only=True never holds the model itself
             path = Path(model)
             model_save_dir = model_save_dir or path.parent
-            _prepare_core(path)
-            model = fused_clone(modeling_base.core.read_model(path), device, ov_config)
+            model = fused_clone(SparseRuntimeMixin.load_model(path), device, ov_config)
         return optimum.intel.OVModelForCausalLM._compile_model(model, device, ov_config, model_save_dir)
 
 

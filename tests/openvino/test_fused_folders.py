@@ -166,6 +166,17 @@ def test_a_fused_folder_without_a_compiler_says_so(
         OVModelForCausalLM.from_pretrained(small_fused)
 
 
+@pytest.mark.parametrize("compile_only", [False, True])
+def test_an_ir_with_a_byte_that_is_no_text_is_an_error_in_words(
+    small_fused: Path, tmp_path: Path, compile_only: bool
+) -> None:
+    folder = shutil.copytree(small_fused, tmp_path / "fused")
+    content = (folder / IR).read_bytes()
+    (folder / IR).write_bytes(content.replace(b'type="SCAPFeedForward"', b'type="SCAP\xe9eedForward"'))
+    with pytest.raises(RuntimeError, match="SCAP\ufffdeedForward"):
+        OVModelForCausalLM.from_pretrained(folder, compile_only=compile_only)
+
+
 def test_model_files_are_those_that_optimum_intel_takes_for_one(tmp_path: Path) -> None:
     names = ("openvino_model.xml", "my_openvino_language_model.xml", "part/openvino_encoder_model.xml")
     others = ("openvino_tokenizer.xml", "openvino_detokenizer.xml", "model.xml", "openvino_model.bin")
