@@ -6,10 +6,10 @@ import numpy as np
 import openvino as ov
 import pytest
 from random_layers import activations, compile_node, parameter, random_layer, relative_error
+from reference.scap import scap_linear
 
 from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.extension.nodes import create_feed_forward, create_linear
-from optimum_scap.openvino.extension.reference import scap_linear
 
 
 def feed_forward_model() -> ov.Model:
