@@ -9,13 +9,13 @@ import openvino as ov
 
 # Up to where oneDNN, which adds up in OpenVINO, may use what the CPU has.
 ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
-# The widest instruction set without AMX.
-WITHOUT_AMX = "AVX512_CORE_FP16"
+# Without AMX; the name is known to be obeyed, unlike those of newer sets.
+WITHOUT_AMX = "AVX512_CORE_BF16"
 # What to do where the bits differ.
 ORDER_OF_SUMS = (
     f"OpenVINO {ov.__version__} adds up in another order than exact.hpp, whose order was found on 2026.4 by comparing "
-    "bits. Find the new one as its comment describes: sums of few channels first, one row and several, then where the "
-    "sums begin anew (block_channels, scaled_together)"
+    "bits. Find the new one the same way: sums of few channels first, of one row and of several, then where sums "
+    "begin anew (block_channels, scaled_together)"
 )
 
 
