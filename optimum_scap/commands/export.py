@@ -13,6 +13,15 @@ from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 
 
+# What --precision and --scap-fused-precision say, and what `fuse_folder` takes.
+FUSED_PRECISIONS = {"default": None, "f32": "f32"}
+FUSED_PRECISION_HELP = (
+    "Arithmetic of the C++ operations, for good: openvino_genai and C++ programs cannot change it with "
+    "INFERENCE_PRECISION_HINT. default: bf16 where this CPU has it, else close to float32; f32: float32 throughout. "
+    "Default: default."
+)
+
+
 def extend_openvino_export() -> None:
     """Adds the --scap flags to optimum-intel's export command. Without --scap the command runs as it always did.
 
@@ -34,6 +43,7 @@ def extend_openvino_export() -> None:
             action="store_true",
             help="Write an IR that holds the C++ operations (see scap fuse); stock OpenVINO cannot read it.",
         )
+        group.add_argument("--scap-fused-precision", choices=FUSED_PRECISIONS, help=FUSED_PRECISION_HELP)
 
     def run_with_scap(command: Any) -> None:
         with_scap = any(getattr(command.args, name, None) is not None for name in ("scap", "scap_parameters"))
@@ -53,6 +63,8 @@ def _export_sparse(command: Any, export: Any) -> None:
     args = command.args
     with errors_for_humans("optimum-cli export openvino"):
         what = what_to_apply(args)
+        if args.scap_fused_precision is not None and not args.scap_fused:
+            raise SCAPError("--scap-fused-precision needs --scap-fused")
         output = Path(args.output)
         check_output(output)
         check_output_is_not_model(output, args.model)
@@ -83,7 +95,8 @@ def _export_sparse(command: Any, export: Any) -> None:
                 tokenizer=args.model,
                 on_calibrated=keep,
             )
-            library = fuse_folder(staging, staging) if args.scap_fused else None
+            precision = FUSED_PRECISIONS[args.scap_fused_precision or "default"]
+            library = fuse_folder(staging, staging, precision) if args.scap_fused else None
     if library is not None:
         print_fused(output, library)
     else:
@@ -99,5 +112,20 @@ def _check_is_dense(model: str) -> None:
 def print_fused(output: Path, library: Path) -> None:
     print(f"Fused SCAP model written to {output}")
     print(f"It needs the library {library}")
+    print_operations(output)
     if "CausalLM" in (output / "config.json").read_text(encoding="utf-8"):
         print(f'Run it with openvino_genai.LLMPipeline("{output}", "CPU", extensions=["{library}"])')
+
+
+def print_operations(folder: Path) -> None:
+    """A line for every fused IR in `folder` whose arithmetic is not what a hint of f32 asks for."""
+    from ..openvino.folder import model_files
+    from ..openvino.fused_ir import is_fused, read_fused_ir
+
+    for path in filter(is_fused, model_files(folder)):
+        precisions = " and ".join(sorted(read_fused_ir(path).precisions))
+        if precisions != "f32":
+            print(
+                f"Its operations in {path.name} compute in {precisions}, whatever INFERENCE_PRECISION_HINT "
+                "openvino_genai or a C++ program sets; fuse with precision f32 for float32 throughout"
+            )

@@ -88,7 +88,9 @@ def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
     if getattr(args, "scap_parameters", None) is None:
         return config_from_flags(args)
     check_no_flags(
-        args, "--scap-parameters, which calibrates nothing", ("scap_parameters", "scap_apply_to", "scap_fused")
+        args,
+        "--scap-parameters, which calibrates nothing",
+        ("scap_parameters", "scap_apply_to", "scap_fused", "scap_fused_precision"),
     )
     parameters = load_parameters(args.scap_parameters)
     if args.scap_apply_to is None:

@@ -11,7 +11,7 @@ from ..config import SCAPConfig
 from ..errors import SCAPError
 from ..parameters import SCAPParameters
 from .errors import errors_for_humans
-from .export import print_fused
+from .export import FUSED_PRECISION_HELP, FUSED_PRECISIONS, print_fused, print_operations
 from .flags import add_scap_flags, what_to_apply
 from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
@@ -78,6 +78,7 @@ class SCAPInfoCommand(BaseOptimumCLICommand):
 
             found = _read_folder_parameters(args.model)
             print_parameters(args.model, found)
+            print_operations(args.model)
             if args.json is not None:
                 save_parameters(merge_parameters(found.values()), args.json)
 
@@ -104,6 +105,7 @@ class SCAPFuseCommand(BaseOptimumCLICommand):
     def parse_args(parser: ArgumentParser) -> None:
         parser.add_argument("model", type=Path, help="Folder of a sparse model.")
         parser.add_argument("output", type=Path, help="Folder to write the fused model to.")
+        parser.add_argument("--precision", choices=FUSED_PRECISIONS, default="default", help=FUSED_PRECISION_HELP)
 
     def run(self) -> None:
         args = self.args
@@ -115,7 +117,7 @@ class SCAPFuseCommand(BaseOptimumCLICommand):
             read_folder_parameters(args.model)
             check_output_is_not_model(args.output, args.model, copied=True)
             with staged_output(args.output) as staging:
-                library = fuse_folder(args.model, staging)
+                library = fuse_folder(args.model, staging, FUSED_PRECISIONS[args.precision])
         print_fused(args.output, library)
 
 
@@ -184,8 +186,11 @@ def _benchmark_openvino(
     model: Path, baseline: Path | None, settings: dict[str, Any]
 ) -> tuple[list["Measurement"], dict[str, float]]:
     from ..evaluation.benchmark import measure, realised_sparsity
-    from ..openvino.folder import check_folder
+    from ..openvino.folder import check_folder, check_is_portable
 
+    for folder in (model, baseline):
+        if folder is not None:
+            check_is_portable(folder)  # the portable operations are measured too
     models = {"SCAP": (model, True), "SCAP, portable": (model, False)}
     if baseline is not None:
         check_folder(baseline)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import openvino as ov
+from pydantic import ValidationError
 
-from ..config import SCAPConfig
+from ..config import SCAPConfig, describe_validation_error
 from ..disk import DiskFullError, check_space, free_bytes, is_disk_full
 from ..errors import SCAPError, first_line
 from ..parameters import SCAPParameters, checkpoint_parameters, merge_parameters
 from ..tasks import infer_task
 from .backend import read_parameters
+from .fused_ir import is_fused, read_fused_ir, readable
 from .optimum_intel import quiet_offline_guess
 from .threshold_ops import find_threshold_ops
 
@@ -39,30 +41,55 @@ def check_folder(folder: Path) -> None:
 
 def model_files(folder: Path) -> list[Path]:
     """The IRs of an exported folder, tokenizers left out."""
-    return sorted(
-        path for path in folder.rglob("openvino_*.xml") if not path.stem.endswith(("tokenizer", "detokenizer"))
-    )
+    # What optimum-intel takes for one.
+    found = folder.rglob("*openvino*_*.xml")
+    return sorted(path for path in found if not path.stem.endswith(("tokenizer", "detokenizer")))
+
+
+def check_is_portable(folder: Path) -> None:
+    """Checks that no IR in `folder` holds the C++ operations.
+
+    Raises:
+        SCAPError: naming the IR that does.
+    """
+    for path in model_files(folder):
+        if is_fused(path):
+            raise SCAPError(f"{path} is fused, it holds the C++ operations: give the folder that it was fused from")
 
 
 def read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
-    """The SCAP parameters of every sparse IR in `folder`, by file name.
+    """The SCAP parameters of every sparse IR in `folder`, by file name. Fused ones need no extension for that.
 
     Raises:
         SCAPError: if the folder is missing, or holds no sparse model, or an IR cannot be read.
     """
     check_folder(folder)
-    found = {}
+    found, fused = {}, False
     for path in model_files(folder):
-        model = _read_model(path)
-        parameters = read_parameters(model)
-        if parameters is None and (folder / "config.json").is_file() and find_threshold_ops(model):
+        if is_fused(path):
+            fused, is_sparse = True, True
+            parameters = _fused_parameters(path)
+        else:
+            model = _read_model(path)
+            parameters = read_parameters(model)
+            is_sparse = parameters is not None or bool(find_threshold_ops(model))
+        if parameters is None and is_sparse and (folder / "config.json").is_file():
             # exported by optimum-intel from a sparse PyTorch checkpoint, whose config.json came along
             parameters = checkpoint_parameters(folder)
         if parameters is not None:
             found[str(path.relative_to(folder))] = parameters
     if not found:
-        raise SCAPError(f"model folder {folder} holds no SCAP parameters: the model is dense")
+        reason = "it is fused, but says nothing of its thresholds" if fused else "the model is dense"
+        raise SCAPError(f"model folder {folder} holds no SCAP parameters: {reason}")
     return found
+
+
+def _fused_parameters(path: Path) -> SCAPParameters | None:
+    parameters = read_fused_ir(path).parameters
+    try:
+        return None if parameters is None else SCAPParameters.model_validate_json(parameters)
+    except ValidationError as error:
+        raise SCAPError(f"{path}: its SCAP parameters are damaged: {describe_validation_error(error)}") from error
 
 
 def sparsify_folder(
@@ -119,18 +146,28 @@ def sparsify_folder(
     _replace(written)
 
 
-def fuse_folder(source: Path, output: Path) -> Path:
+def fuse_folder(source: Path, output: Path, precision: str | None = None) -> Path:
     """Fuses the sparse models in `source` and writes the whole folder to `output` (empty, or `source` itself).
+
+    Args:
+        source: the exported sparse model.
+        output: an empty folder, or `source` itself, which nothing else must be using then.
+        precision: of the operations, for good: only the classes of this package can change it when they load the
+            model. `f32`, `split` or `bf16`, see `extension.nodes.create_linear`; by default bf16 where this CPU has
+            it, else split.
 
     Returns:
         The compiled extension, without which the result cannot be read.
 
     Raises:
-        SCAPError: if nothing in the folder can be fused, the extension cannot be built, or the disk has no space.
+        SCAPError: if nothing in the folder can be fused, something in it is fused already, the extension cannot be
+            built, or the disk has no space.
     """
     from .extension.build import build_extension
+    from .fusion import is_operation
     from .modeling import extend_core, fused_clone
 
+    check_is_portable(source)
     copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
     check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
     library = build_extension()
@@ -138,8 +175,8 @@ def fuse_folder(source: Path, output: Path) -> Path:
     fused = {}
     for path in model_files(source):
         model = _read_model(path)
-        clone = fused_clone(model)
-        if any(node.get_type_name().startswith("SCAP") for node in clone.get_ops()):
+        clone = fused_clone(model, precision=precision)
+        if any(is_operation(node) for node in clone.get_ops()):
             fused[str(path.relative_to(source))] = clone
     if not fused:
         raise SCAPError(f"model folder {source}: no layer can be fused, their weights are of kinds that stay stock")
@@ -272,10 +309,12 @@ def _has_cache(folder: Path) -> bool:
 def _read_model(path: Path, library: Path | None = None) -> ov.Model:
     if not path.with_suffix(".bin").exists():
         raise SCAPError(f"{path} has no weights: {path.with_suffix('.bin').name} is missing")
+    if library is None and is_fused(path):
+        raise SCAPError(f"{path} is fused, it holds the C++ operations: give the folder that it was fused from")
     try:
         core = ov.Core()
         if library is not None:
             core.add_extension(str(library))
         return core.read_model(path)
-    except RuntimeError as error:
-        raise SCAPError(f"{path} cannot be read: {first_line(error)}") from error
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise SCAPError(f"{path} cannot be read: {first_line(readable(error))}") from error

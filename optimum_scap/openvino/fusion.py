@@ -16,7 +16,7 @@ import numpy as np
 import openvino as ov
 
 from .extension.build import build_extension
-from .extension.nodes import create_feed_forward, create_linear
+from .extension.nodes import OPSET, create_feed_forward, create_linear
 from .extension.packing import BufferPool, PackedLayer, is_fast_for_dense_int4
 from .graph import FullyConnected, evaluate_constant, evaluate_weights, find_fully_connected, is_constant
 from .mapped_files import MappedFiles
@@ -110,6 +110,23 @@ def fuse(
         report.dense = _fuse_dense_int4(model, pool, files, common)
     model.validate_nodes_and_infer_types()
     return report
+
+
+def is_operation(node: ov.Node) -> bool:
+    """Whether `node` is one of the C++ operations."""
+    return node.get_type_info().version_id == OPSET
+
+
+def set_precision(model: ov.Model, precision: str) -> None:
+    """Has the C++ operations that `model` holds compute in another precision, in place.
+
+    Raises:
+        RuntimeError: there is no such precision.
+    """
+    for node in model.get_ops():
+        if is_operation(node):
+            node.set_attribute("precision", precision)
+    model.validate_nodes_and_infer_types()
 
 
 def _generates(model: ov.Model) -> bool:

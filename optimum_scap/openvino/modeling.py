@@ -4,7 +4,8 @@
 
 `from_pretrained` and everything else are optimum-intel's. What differs is `compile()`: the threshold operations of a
 sparse model are fused in a clone of each OpenVINO model, the clone is compiled, and the object keeps the portable
-model, so that saving again writes what was loaded. A model without SCAP is compiled as it is.
+model, so that saving again writes what was loaded. A model without SCAP is compiled as it is. A model that was fused
+before it was saved computes in f32 in the clone, if that is what OpenVINO is told to.
 """
 
 import logging
@@ -15,19 +16,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 import optimum.intel
+from openvino import opset13 as opset
 from optimum.intel.openvino import modeling_base
 
 from ..errors import first_line
 from .extension.build import ExtensionBuildError, build_extension
-from .fusion import fuse
+from .fused_ir import is_fused, readable
+from .fusion import fuse, is_operation, set_precision
+from .optimum_intel import quiet_offline_guess
 from .threshold_ops import find_threshold_ops
 
 
 logger = logging.getLogger(__name__)
 
-_OPSET_MARK = b'version="optimum_scap"'
+# What says how OpenVINO is to compute, in the config of a model.
+_PRECISION_KEYS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "DEVICE_PROPERTIES")
 
 
 class SparseRuntimeMixin:
@@ -36,7 +42,7 @@ class SparseRuntimeMixin:
     @classmethod
     def from_pretrained(cls, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         """As in optimum-intel. Where it returns an architecture's own class, that class gets the fast runtime too."""
-        _read_fused_folders(model_id)
+        quiet_offline_guess()
         compile_now = kwargs.pop("compile", True)
         if kwargs.get("compile_only"):
             return super().from_pretrained(model_id, *args, **kwargs)  # type: ignore[misc]
@@ -54,21 +60,36 @@ class SparseRuntimeMixin:
             return super().compile()  # type: ignore[misc]
 
     @staticmethod
+    def load_model(file_name: Any, *args: Any, **kwargs: Any) -> ov.Model:
+        """As in optimum-intel. Reads fused IRs too, wherever they lie and whatever they are called."""
+        _prepare_core(Path(file_name))
+        try:
+            return modeling_base.OVBaseModel.load_model(file_name, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise readable(error) from error
+
+    @staticmethod
     def _compile_model(
-        model: Any, device: str | None = None, ov_config: dict[str, str] | None = None, model_save_dir: Any = None
+        model: Any, device: str | None = None, ov_config: dict[str, Any] | None = None, model_save_dir: Any = None
     ) -> Any:
         if isinstance(model, str | Path):  # compile_only=True never holds the model itself
             path = Path(model)
             model_save_dir = model_save_dir or path.parent
-            model = fused_clone(modeling_base.core.read_model(path), device, ov_config)
+            model = fused_clone(SparseRuntimeMixin.load_model(path), device, ov_config)
         return optimum.intel.OVModelForCausalLM._compile_model(model, device, ov_config, model_save_dir)
 
 
-def _read_fused_folders(model_id: Any) -> None:
-    """Lets optimum-intel read a folder whose IR holds the operations already (`optimum-cli scap fuse`)."""
-    folder = Path(str(model_id))
-    if folder.is_dir() and any(_OPSET_MARK in path.read_bytes() for path in folder.glob("openvino_*.xml")):
+def _prepare_core(path: Path) -> None:
+    """Lets optimum-intel read the IR `path`, if it holds the operations already (`optimum-cli scap fuse`)."""
+    if not is_fused(path):
+        return
+    try:
         extend_core(build_extension())
+    except ExtensionBuildError as error:
+        raise ExtensionBuildError(
+            f"{path} is fused, it cannot be read without the extension: {error}; the folder that it was fused from "
+            "runs without"
+        ) from error
 
 
 @lru_cache
@@ -84,21 +105,39 @@ def extend_core(library: Path) -> None:
         raise ExtensionBuildError(f"the extension {library} cannot be loaded: {first_line(error)}") from error
 
 
-def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str, str] | None = None) -> ov.Model:
-    """A clone of `model` with its sparse layers fused; `model` itself where there is nothing to fuse or no way to.
+def fused_clone(
+    model: ov.Model,
+    device: str | None = "CPU",
+    ov_config: dict[str, Any] | None = None,
+    *,
+    precision: str | None = None,
+) -> ov.Model:
+    """A clone of `model` with its sparse layers fused; `model` itself where there is nothing to change or no way to.
 
     Args:
-        model: any model; it is not changed.
+        model: any model; it is not changed. Operations that it holds already compute in f32 in the clone, if asked to.
         device: the operations exist for the CPU only.
-        ov_config: an `INFERENCE_PRECISION_HINT` of f32 asks for f32 arithmetic.
+        ov_config: what OpenVINO is told, see `preferred_precision`.
+        precision: that of the operations, instead of what `ov_config` asks for.
+
+    Raises:
+        RuntimeError: OpenVINO does not know a value in `ov_config`.
     """
-    if (device or "CPU").upper() != "CPU" or not find_threshold_ops(model):
+    held = [node for node in model.get_ops() if is_operation(node)]
+    is_sparse = (device or "CPU").upper() == "CPU" and bool(find_threshold_ops(model))
+    if not held and not is_sparse:
+        return model
+    precision = precision or preferred_precision(ov_config)
+    if precision == "f32" and any(node.get_attributes()["precision"] != "f32" for node in held):
+        model = model.clone()
+        set_precision(model, precision)
+    if not is_sparse:
         return model
     clone = model.clone()
     try:
         library = build_extension()
         extend_core(library)
-        report = fuse(clone, precision=preferred_precision(ov_config), library=library)
+        report = fuse(clone, precision=precision, library=library)
     except ExtensionBuildError as error:
         warnings.warn(f"SCAP runs with OpenVINO's own operations, at the dense speed: {error}", stacklevel=2)
         return model
@@ -106,12 +145,31 @@ def fused_clone(model: ov.Model, device: str | None = "CPU", ov_config: dict[str
     return clone if report.fused else model
 
 
-def preferred_precision(ov_config: dict[str, str] | None = None) -> str:
-    """f32 if asked for; else what OpenVINO would do with many rows on this CPU: bf16 where it is native."""
-    hint = str((ov_config or {}).get("INFERENCE_PRECISION_HINT", "")).lower()
-    if "f32" in hint or "float32" in hint:
+def preferred_precision(ov_config: dict[str, Any] | None = None) -> str:
+    """The precision of the operations for a model's `ov_config`.
+
+    f32 where OpenVINO is told to compute in it: by `INFERENCE_PRECISION_HINT`, by `EXECUTION_MODE_HINT`, or by
+    properties of optimum-intel's core. Else what OpenVINO would do with many rows on this CPU: bf16 where it is
+    native.
+
+    Raises:
+        RuntimeError: OpenVINO does not know one of the values.
+    """
+    asked = {key: value for key, value in (ov_config or {}).items() if key in _PRECISION_KEYS}
+    hinted = _inference_precision(asked)
+    is_named = "INFERENCE_PRECISION_HINT" in str(asked)
+    # CPUs without native bf16 answer f32 where nobody asked; dynamic is what the accuracy mode answers.
+    if hinted == ov.Type.dynamic or (hinted == ov.Type.f32 and (is_named or _prefers_bf16())):
         return "f32"
-    return "bf16" if _prefers_bf16() else "split"
+    return "bf16" if hinted == ov.Type.bf16 and _prefers_bf16() else "split"
+
+
+def _inference_precision(config: dict[str, Any]) -> ov.Type:
+    """What OpenVINO makes of `config`, asked by a model of one operation: it knows many spellings."""
+    x = opset.parameter([1], np.float32)
+    model = ov.Model([opset.relu(x)], [x], "precision")
+    compiled = modeling_base.core.compile_model(model, "CPU", config | {"CACHE_DIR": ""})
+    return compiled.get_property("INFERENCE_PRECISION_HINT")
 
 
 @lru_cache

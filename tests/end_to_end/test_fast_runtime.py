@@ -12,7 +12,8 @@ import optimum.intel
 import pytest
 import torch
 from conftest import optimum_cli
-from cpu import knows_the_order_of_sums
+from cpu import ORDER_OF_SUMS, knows_the_order_of_sums
+from settled import is_settled
 from transformers import AutoTokenizer
 
 import optimum_scap
@@ -22,6 +23,11 @@ from optimum_scap.openvino.threshold_ops import find_threshold_ops
 
 
 PROMPTS = ("The capital of France is", "Water boils at", "The largest planet is")
+
+
+def assert_every_token_is_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    errors = torch.linalg.norm(found - expected, dim=-1) / torch.linalg.norm(expected, dim=-1)
+    assert errors.max() < 1e-3
 
 
 def compiled_operations(request) -> set[str]:
@@ -61,7 +67,7 @@ def test_greedy_text_is_that_of_the_portable_model(sparse_int8: Path) -> None:
         errors = np.linalg.norm(logits[1] - logits[0], axis=-1) / np.linalg.norm(logits[0], axis=-1)
         assert errors[0] < 1e-3
         if knows_the_order_of_sums():
-            np.testing.assert_array_equal(*logits)
+            np.testing.assert_array_equal(*logits, ORDER_OF_SUMS)
             options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
             texts = [model.generate(**inputs, **options)[0].tolist() for model in (stock, fast)]
             assert texts[0] == texts[1]
@@ -108,20 +114,23 @@ def test_an_encoder_and_an_encoder_decoder(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = ("input_ids", "attention_mask", "token_type_ids")
     ones, zeros = np.ones((1, 24), dtype=np.int64), np.zeros((1, 24), dtype=np.int64)
-    data = [dict(zip(names, (rng.integers(0, 99, (1, 24)), ones, zeros), strict=True)) for _ in range(3)]
+    data = [dict(zip(names, (rng.integers(0, 99, (1, 24)), ones, zeros), strict=True)) for _ in range(8)]
     optimum_scap.sparsify_activations(encoder, "up=0.4,down=0.5", data)
     encoder.save_pretrained(tmp_path / "sparse")
-    inputs = {name: torch.from_numpy(value) for name, value in data[0].items()}
+    # Masks that no rounding changes, see settled.py: else one channel more would be a visible difference.
+    inputs = {
+        name: torch.from_numpy(value)
+        for name, value in next(each for each in data if is_settled(encoder.model, each, 1e-5).all()).items()
+    }
     expected = optimum.intel.OVModelForFeatureExtraction.from_pretrained(tmp_path / "sparse", ov_config=dict(EXACT))
     found = optimum_scap.OVModelForFeatureExtraction.from_pretrained(tmp_path / "sparse", ov_config=dict(EXACT))
     assert any(name.startswith("SCAP") for name in compiled_operations(found.request))
-    difference = found(**inputs).last_hidden_state - expected(**inputs).last_hidden_state
-    assert torch.linalg.norm(difference) < 1e-2 * torch.linalg.norm(expected(**inputs).last_hidden_state)
+    assert_every_token_is_close(found(**inputs).last_hidden_state, expected(**inputs).last_hidden_state)
 
     t5 = T5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     model = optimum_scap.OVModelForSeq2SeqLM.from_pretrained(tmp_path / "t5", export=True, compile=False)
-    calibration = [{"input_ids": rng.integers(0, 99, (1, 24)), "attention_mask": ones} for _ in range(3)]
+    calibration = [{"input_ids": rng.integers(0, 99, (1, 24)), "attention_mask": ones} for _ in range(8)]
     optimum_scap.sparsify_activations(model, "up=0.4,down=0.5", {"encoder": calibration})
     model.compile()
     assert any(name.startswith("SCAP") for name in compiled_operations(model.encoder.request))
@@ -129,9 +138,10 @@ def test_an_encoder_and_an_encoder_decoder(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "sparse-t5")
     stock = optimum.intel.OVModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse-t5", ov_config=dict(EXACT))
     fast = optimum_scap.OVModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse-t5", ov_config=dict(EXACT))
-    ids, mask = (torch.from_numpy(calibration[0][name]) for name in ("input_ids", "attention_mask"))
+    settled = next(each for each in calibration if is_settled(stock.encoder.model, each, 1e-5).all())
+    ids, mask = (torch.from_numpy(settled[name]) for name in ("input_ids", "attention_mask"))
     states = [part.encoder(input_ids=ids, attention_mask=mask).last_hidden_state for part in (stock, fast)]
-    assert torch.linalg.norm(states[1] - states[0]) < 1e-2 * torch.linalg.norm(states[0])
+    assert_every_token_is_close(states[1], states[0])
 
 
 GENAI = """
@@ -146,7 +156,8 @@ print(json.dumps([pipeline.generate(prompt, **options) for prompt in prompts]))
 
 
 def test_openvino_genai_runs_the_fused_ir_and_gives_the_same_tokens(sparse_int8: Path, tmp_path: Path) -> None:
-    result = optimum_cli("scap", "fuse", sparse_int8, tmp_path / "fused")
+    """It cannot change the operations' precision, which the classes of this package do when they load the IR."""
+    result = optimum_cli("scap", "fuse", sparse_int8, tmp_path / "fused", "--precision", "f32")
     assert result.returncode == 0, result.stderr
     library = optimum_cli("scap", "build-extension").stdout.strip()
     assert Path(library).is_file() and library in result.stdout

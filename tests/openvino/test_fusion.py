@@ -1,11 +1,13 @@
 """Fused models against portable ones: every weight format, both threshold patterns, whole FFNs and single layers."""
 
 import platform
+from collections.abc import Sequence
 
 import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as opset
+from settled import is_settled
 from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, linear, samples
 
 from optimum_scap import SCAPConfig, sparsify_activations
@@ -21,8 +23,9 @@ from optimum_scap.openvino.weights import is_int4
 SPEC = "up=0.4,gate=0.4,down=0.6"
 
 
-def outputs(model: ov.Model, x: np.ndarray) -> np.ndarray:
-    return np.array(ov.Core().compile_model(model, "CPU", EXACT)({"x": x})[0])
+def outputs(model: ov.Model, x: np.ndarray) -> list[np.ndarray]:
+    found = ov.Core().compile_model(model, "CPU", EXACT)({"x": x})
+    return [found[index] for index in range(len(model.outputs))]
 
 
 def kinds(model: ov.Model) -> dict[str, int]:
@@ -30,12 +33,28 @@ def kinds(model: ov.Model) -> dict[str, int]:
     return {name: names.count(name) for name in ("SCAPLinear", "SCAPFeedForward", "MatMul", "Select")}
 
 
-def assert_close(fused: ov.Model, portable: ov.Model, x: np.ndarray, bound: float = 1e-3) -> None:
-    expected, found = outputs(portable, x), outputs(fused, x)
-    errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    # Rounding may move an activation across its threshold, on one CPU here and on another there: few tokens may differ
-    # by more.
-    assert np.sum(errors >= bound) <= max(1, 0.05 * errors.size), errors.max()
+def assert_close(
+    fused: ov.Model,
+    portable: ov.Model,
+    rows: Sequence[int] = (40,),
+    *,
+    offset: float = 0.0,
+    bound: float = 1e-3,
+    rounding: float = 1e-5,
+) -> None:
+    """Every token's outputs, in batches of `rows` tokens each, differ by less than `bound`.
+
+    Rounding may move an activation across its threshold, on one CPU here and on another there, and one such channel
+    is a visible difference. Hence tokens without an activation that near to its threshold: both must prune the same.
+    """
+    tokens = np.concatenate([sample["x"] for sample in samples(offset=offset)]).reshape(-1, HIDDEN)
+    tokens = tokens[is_settled(portable, {"x": tokens[None]}, rounding).reshape(-1)]
+    assert len(tokens) >= 40, "too many tokens are near a threshold"
+    for count in rows:
+        x = tokens[: len(tokens) // count * count][: 6 * count].reshape(-1, count, HIDDEN)
+        for expected, found in zip(outputs(portable, x), outputs(fused, x), strict=True):
+            errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+            assert errors.shape == x.shape[:2] and errors.max() < bound
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])
@@ -48,8 +67,7 @@ def test_a_whole_ffn_becomes_one_operation(weights: str, mode: str) -> None:
     report = fuse(fused, precision="f32")
     assert len(report.fused) == 6 and not report.kept
     assert kinds(fused) == {"SCAPLinear": 0, "SCAPFeedForward": 2, "MatMul": 0, "Select": 0}
-    for rows in (1, 2, 7, 40):
-        assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
+    assert_close(fused, portable, (1, 2, 7, 40), offset=0.3)
 
 
 @pytest.mark.parametrize(("spec", "kind"), [(SPEC, "SCAPFeedForward"), ("up=0.4,gate=0.4", "SCAPLinear")])
@@ -62,8 +80,7 @@ def test_decode_only_is_fused_too(mode: str, spec: str, kind: str) -> None:
     assert not fuse(fused, precision="f32").kept
     assert kinds(fused)[kind] == 2 and kinds(fused)["Select"] == 0
     assert not any(node.get_type_name() == "ShapeOf" for node in fused.get_ops())
-    for rows in (1, 2, 40):
-        assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
+    assert_close(fused, portable, (1, 2, 40), offset=0.3)
 
 
 def test_layers_that_are_no_whole_ffn_are_fused_one_input_at_a_time() -> None:
@@ -72,12 +89,12 @@ def test_layers_that_are_no_whole_ffn_are_fused_one_input_at_a_time() -> None:
     fused = portable.clone()
     fuse(fused, precision="f32")
     assert kinds(fused) == {"SCAPLinear": 2, "SCAPFeedForward": 0, "MatMul": 2, "Select": 0}
-    assert_close(fused, portable, data[0]["x"])
+    assert_close(fused, portable)
     differing = sparsify_activations(gated_ffn(), "up=0.4,gate=0.3,down=0.5", data)
     fused = differing.clone()
     fuse(fused, precision="f32")
     assert kinds(fused) == {"SCAPLinear": 6, "SCAPFeedForward": 0, "MatMul": 0, "Select": 0}
-    assert_close(fused, differing, data[0]["x"])
+    assert_close(fused, differing)
 
 
 @pytest.mark.parametrize("weights", ["int4_asym", "int4_sym", "mixed"])
@@ -94,8 +111,7 @@ def test_dense_layers_of_int4_weights_use_the_operation_too(weights: str, bias: 
     else:  # gate and up share their input, hence an operation
         assert len(expected) == 4
         assert kinds(fused) == {"SCAPLinear": 4, "SCAPFeedForward": 0, "MatMul": 0, "Select": 0}
-    for rows in (1, 2, 40):
-        assert_close(fused, portable, np.concatenate([sample["x"] for sample in data])[:, :rows])
+    assert_close(fused, portable, (1, 2, 40))
 
 
 def test_dense_layers_that_cannot_be_packed_stay() -> None:
@@ -109,7 +125,7 @@ def test_dense_layers_that_cannot_be_packed_stay() -> None:
     fused = portable.clone()
     report = fuse(fused, precision="f32", dense_int4=True)
     assert len(report.dense) == 2 and gate.path not in report.dense  # its whole group stays
-    assert_close(fused, portable, samples()[0]["x"])
+    assert_close(fused, portable)
 
 
 def test_dense_layers_use_the_operation_where_that_is_faster() -> None:
@@ -141,9 +157,7 @@ def test_an_ffn_whose_inner_values_are_read_elsewhere_keeps_them() -> None:
     fused = portable.clone()
     fuse(fused, precision="f32")
     assert kinds(fused)["SCAPFeedForward"] == 0 and kinds(fused)["SCAPLinear"] == 2
-    for index in (0, 1):
-        results = [ov.Core().compile_model(m, "CPU", EXACT)(data[0])[index] for m in (portable, fused)]
-        assert np.linalg.norm(results[1] - results[0]) < 1e-2 * np.linalg.norm(results[0])
+    assert_close(fused, portable)
 
 
 @pytest.mark.parametrize(("make", "name"), [(opset.relu, "relu"), (lambda x: opset.gelu(x, "TANH"), "gelu")])
@@ -159,7 +173,7 @@ def test_an_ffn_without_gate(make, name: str) -> None:
     fused = portable.clone()
     fuse(fused, precision="f32")
     assert kinds(fused)["SCAPFeedForward"] == 1
-    assert_close(fused, portable, data[0]["x"])
+    assert_close(fused, portable)
 
 
 def test_weights_stored_input_first_and_f16() -> None:
@@ -171,7 +185,7 @@ def test_weights_stored_input_first_and_f16() -> None:
             reader.replace_source_output(half.output(0))
     fused = portable.clone()
     assert len(fuse(fused, precision="f32").fused) == 6
-    assert_close(fused, portable, data[0]["x"])
+    assert_close(fused, portable)
 
 
 def nncf_pattern(mode: float, threshold: float = 0.5) -> ov.Model:
@@ -191,7 +205,7 @@ def test_the_pattern_of_nncf_is_recognised(mode: float) -> None:
     portable = nncf_pattern(mode)
     fused = portable.clone()
     assert fuse(fused, precision="f32").fused == ["layers.0.up_proj"]
-    assert_close(fused, portable, samples()[0]["x"], 1e-4)
+    assert_close(fused, portable, bound=1e-4)
 
 
 def test_what_the_operation_cannot_read_stays_and_says_why() -> None:
@@ -212,7 +226,7 @@ def test_a_threshold_that_keeps_everything_stays_stock() -> None:
     for threshold in (-1.0, np.nan):
         model = nncf_pattern(0.0, threshold)
         assert list(fuse(model).kept) == ["layers.0.up_proj"]
-        assert np.isfinite(outputs(model, samples()[0]["x"])).all()
+        assert np.isfinite(outputs(model, samples()[0]["x"])[0]).all()
 
 
 def test_nothing_to_fuse() -> None:
@@ -229,4 +243,4 @@ def test_the_default_precision_is_accurate_for_one_token() -> None:
         portable = sparsify_activations(compressed(gated_ffn(), weights), SPEC, data)
         fused = portable.clone()
         fuse(fused)
-        assert_close(fused, portable, np.concatenate([sample["x"][:, :1] for sample in data]))
+        assert_close(fused, portable, (1,), rounding=1e-3)

@@ -2,11 +2,14 @@
 """Compiles the C++ operations against the installed OpenVINO, on first use, into the user's cache.
 
 Nothing is compiled at import. The library's folder is named by everything that shapes it (OpenVINO, sources, compiler,
-instruction set, CPU), so an upgrade of any of them builds anew and never loads a stale library.
+instruction set, CPU), so an upgrade of any of them builds anew and never loads a stale library. Whatever stands in the
+way is an `ExtensionBuildError`: models run without the extension too.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,14 +17,18 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from ...errors import SCAPError
+from ...cache import cache_folder
+from ...errors import SCAPError, first_line
 
 
 SOURCE_DIR = Path(__file__).parent
@@ -38,67 +45,124 @@ ISA_FLAGS = {
     "portable": ("-march=x86-64",),
 }
 
+# Many times what slow machines need: only a compiler that hangs takes as long.
+BUILD_SECONDS = 600.0
+VERSION_SECONDS = 60.0
+MAX_BUILD_SECONDS = 86400.0
+# What a process that waits for another one's build grants it on top of the time that a build may take.
+LOCK_SECONDS = 30.0
+# The compiler's temporary files and the library fit into it several times.
+ENOUGH_BYTES = 32 << 20
+
 
 class ExtensionBuildError(SCAPError):
     """The extension cannot be built or loaded here; the message says why, with what the compiler said."""
 
 
 def build_extension(isa: str | None = None, cache_dir: str | os.PathLike | None = None) -> Path:
-    """Returns the path of the compiled extension, compiling it if it is not in the cache yet.
+    """Returns the absolute path of the compiled extension, compiling it if it is not in the cache yet.
 
     Concurrent calls, also from other processes, wait for one build. An interrupted build leaves no library behind, and
-    a library that is damaged since is built again.
+    a library that is damaged since is built again. A compiler that takes longer than ``$OPTIMUM_SCAP_BUILD_TIMEOUT``
+    seconds (default 600) is stopped.
 
     Args:
         isa: a key of ``ISA_FLAGS``; default ``$OPTIMUM_SCAP_ISA`` or ``native``.
-        cache_dir: default ``$OPTIMUM_SCAP_CACHE`` or the platform's user cache.
+        cache_dir: default ``$OPTIMUM_SCAP_CACHE`` or the platform's user cache, see ``cache_folder``.
 
     Raises:
-        ExtensionBuildError: no compiler, no OpenVINO headers, an unknown instruction set, or a compiler error.
+        ExtensionBuildError: no compiler, no OpenVINO headers, an unknown instruction set, a compiler that fails or
+            hangs, another process that never finishes its build, or no room in the cache.
     """
-    command, library = _command(isa or os.environ.get("OPTIMUM_SCAP_ISA") or "native")
-    folder = Path(cache_dir or default_cache_dir()) / "openvino-extension" / _key(command)
-    target = folder / library
+    folder = None
     try:
-        if _is_intact(target):
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        command, library = _command(isa or os.environ.get("OPTIMUM_SCAP_ISA") or "native")
+        folder = Path(os.path.abspath(cache_dir or cache_folder())) / "openvino-extension" / _key(command)
+        _build(command, folder / library)
+        return folder / library
+    except ExtensionBuildError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ExtensionBuildError(_describe(error, folder)) from error
+
+
+def _build(command: list[str], target: Path) -> None:
+    if _is_intact(target):
+        return
+    folder = target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = _build_seconds()
+    try:
+        with FileLock(folder / "lock", timeout=seconds + LOCK_SECONDS):
             if not _is_intact(target):
-                _compile(command, target)
-    except OSError as error:
-        raise ExtensionBuildError(f"cannot build the OpenVINO extension in {folder}: {error}") from error
-    return target
+                _compile(command, target, seconds)
+    except Timeout as error:
+        raise ExtensionBuildError(
+            f"another process has held {folder / 'lock'} for {seconds + LOCK_SECONDS:.0f} s without finishing its "
+            "build of the OpenVINO extension: end that process, or set OPTIMUM_SCAP_CACHE to another folder"
+        ) from error
 
 
-def default_cache_dir() -> Path:
-    """``$OPTIMUM_SCAP_CACHE``, or ``optimum_scap`` in the platform's user cache.
+def _build_seconds() -> float:
+    named = os.environ.get("OPTIMUM_SCAP_BUILD_TIMEOUT")
+    if not named:
+        return BUILD_SECONDS
+    try:
+        seconds = float(named)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_BUILD_SECONDS:
+        raise ExtensionBuildError(
+            f"OPTIMUM_SCAP_BUILD_TIMEOUT must be a number of seconds up to {MAX_BUILD_SECONDS:.0f}, got {named!r}"
+        )
+    return seconds
+
+
+def _describe(error: Exception, folder: Path | None) -> str:
+    if folder is None:
+        return f"cannot build the OpenVINO extension: {first_line(error)}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space(folder)
+    return f"cannot build the OpenVINO extension in {folder}: {first_line(error)}"
+
+
+def _no_space(folder: Path) -> str:
+    return (
+        f"no space left on {folder} ({_free_bytes(folder) / 2**20:.0f} MiB free) to build the OpenVINO extension: "
+        "free some, or set OPTIMUM_SCAP_CACHE to another folder"
+    )
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@lru_cache
+def load_library(library: Path) -> ctypes.CDLL:
+    """The compiled extension, for its functions that are no operations.
 
     Raises:
-        ExtensionBuildError: the user has no home folder.
+        ExtensionBuildError: it cannot be loaded, for example from a disk mounted noexec.
     """
-    if override := os.environ.get("OPTIMUM_SCAP_CACHE"):
-        return Path(override)
     try:
-        if sys.platform == "win32":
-            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        else:
-            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # containers run as users that no file lists
-        raise ExtensionBuildError(f"{error} Set OPTIMUM_SCAP_CACHE to a folder for the extension.") from error
-    return base / "optimum_scap"
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise ExtensionBuildError(f"the extension {library} cannot be loaded: {first_line(error)}") from error
 
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command: ``$CXX`` (with its flags), or the first of c++, g++, clang++ on the path.
 
     Raises:
-        ExtensionBuildError: there is none.
+        ExtensionBuildError: there is none, or ``$CXX`` names none.
     """
     if named := os.environ.get("CXX"):
-        command = shlex.split(named)
+        try:
+            command = shlex.split(named)
+        except ValueError as error:
+            raise ExtensionBuildError(f"CXX is no command line, {named!r}: {error}") from error
         if command and shutil.which(command[0]):
             return command
         raise ExtensionBuildError(f"the compiler named by CXX, {named!r}, was not found")
@@ -157,7 +221,7 @@ def _command(isa: str) -> tuple[list[str], str]:
 def _key(command: list[str]) -> str:
     digest = hashlib.sha256()
     for part in (*command, importlib.metadata.version("openvino"), _compiler_version(command[0]), _cpu()):
-        digest.update(part.encode() + b"\0")
+        digest.update(os.fsencode(part) + b"\0")  # a path need not be UTF-8
     for source in sorted([*SOURCE_DIR.glob("*.hpp"), *SOURCE_DIR.glob("*.cpp")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:24]
@@ -165,15 +229,48 @@ def _key(command: list[str]) -> str:
 
 def _compiler_version(compiler: str) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ExtensionBuildError(f"the compiler {compiler} does not run: {error}") from error
+        status, version, _ = _run([compiler, "--version"], min(VERSION_SECONDS, _build_seconds()))
+    except OSError as error:
+        raise ExtensionBuildError(f"the compiler {compiler} does not run: {first_line(error)}") from error
+    if status != 0:
+        raise ExtensionBuildError(f"the compiler {compiler} does not run: --version ended with exit status {status}")
+    return version
+
+
+def _run(command: list[str], seconds: float, **environment: str) -> tuple[int, str, str]:
+    """Exit status, output and error output of a compiler. If it takes too long it is ended, and all that it started.
+
+    Raises:
+        ExtensionBuildError: it took longer than `seconds`.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C", **environment},
+        start_new_session=True,  # a group of its own, which can be ended as a whole
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise ExtensionBuildError(
+                f"{command[0]} did not end within {seconds:g} s and was stopped; OPTIMUM_SCAP_BUILD_TIMEOUT says how "
+                "many seconds a build may take"
+            ) from error
+    return process.returncode, out, err
 
 
 def _cpu() -> str:
     """What ``-march=native`` depends on; a cache on a shared disk may be seen by different CPUs."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -183,7 +280,7 @@ def _cpu() -> str:
 def _is_intact(library: Path) -> bool:
     """Whether the library is there as it was built: loading a truncated one can end the process."""
     try:
-        return _digest_file(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+        return _digest_file(library).read_bytes() == hashlib.sha256(library.read_bytes()).hexdigest().encode()
     except FileNotFoundError:
         return False
 
@@ -192,15 +289,25 @@ def _digest_file(library: Path) -> Path:
     return library.with_name(f"{library.name}.sha256")
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(command: list[str], target: Path, seconds: float) -> None:
     # The lock is held: whatever an interrupted build left here is nobody's.
     for stale in target.parent.glob("build-*"):
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
         output = Path(folder) / target.name
-        result = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
-        if result.returncode != 0:
-            lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()[-1:]
-            raise ExtensionBuildError(f"{command[0]} failed to build the OpenVINO extension: {'; '.join(lines[:5])}")
+        # Its temporary files lie where they are removed, however it ends.
+        status, _, said = _run([*command, "-o", str(output)], seconds, TMPDIR=folder)
+        if status != 0:
+            raise ExtensionBuildError(_compiler_failure(command[0], status, said, target.parent))
         _digest_file(target).write_text(hashlib.sha256(output.read_bytes()).hexdigest())
         os.replace(output, target)
+
+
+def _compiler_failure(compiler: str, status: int, said: str, folder: Path) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    reasons = [line for line in lines if "error" in line] or lines[-1:] or [f"exit status {status}"]
+    reason = f"{compiler} failed to build the OpenVINO extension: {'; '.join(reasons[:5])}"
+    if "No space left" in said or "quota exceeded" in said:
+        return _no_space(folder)
+    # The linker may say "ld returned 1 exit status" and no more.
+    return f"{_no_space(folder)}; {reason}" if _free_bytes(folder) < ENOUGH_BYTES else reason

@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 from openvino.utils.node_factory import NodeFactory
 
-from .build import build_extension
+from .build import build_extension, load_library
 from .packing import PackedLayer
 
 
@@ -39,7 +39,7 @@ def create_linear(
         library: a library of ``build_extension``; default builds (or finds) the native one.
 
     Raises:
-        ExtensionBuildError: the extension cannot be built.
+        ExtensionBuildError: the extension cannot be built or loaded.
         RuntimeError: attributes or shapes that do not fit together.
     """
     attributes = _attributes(layers, mode, threshold, decode_only, precision)
@@ -67,19 +67,20 @@ def create_feed_forward(
         hidden_mode, hidden_threshold: those of down's input. Others as for `create_linear`.
 
     Raises:
-        ExtensionBuildError: the extension cannot be built.
+        ExtensionBuildError: the extension cannot be built or loaded.
         RuntimeError: attributes or shapes that do not fit together.
     """
     attributes = _attributes(layers, mode, threshold, decode_only, precision) | {
         "activation": activation,
-        "hidden_mode": float(np.float32(hidden_mode)),
-        "hidden_threshold": float(np.float32(hidden_threshold)),
+        "hidden_mode": _number(hidden_mode),
+        "hidden_threshold": _number(hidden_threshold),
     }
     return _factory(library or build_extension()).create("SCAPFeedForward", _inputs(x, layers), attributes)
 
 
 @lru_cache
 def _factory(library: Path) -> NodeFactory:
+    load_library(library)  # raises what is documented where the factory would raise a RuntimeError
     factory = NodeFactory()
     factory.add_extension(str(library))
     return factory
@@ -93,17 +94,23 @@ def _inputs(x: ov.Output | ov.Node, layers: Sequence[PackedLayer]) -> list[ov.Ou
 
 def _attributes(
     layers: Sequence[PackedLayer], mode: float, threshold: float, decode_only: bool, precision: str
-) -> dict:
+) -> dict[str, str]:
+    """Every attribute as text: see ``SparseOp`` in op.hpp."""
     return {
-        "in_features": layers[0].in_features,
-        "out_features": [layer.out_features for layer in layers],
-        "weight_types": [layer.weight_type for layer in layers],
-        "scale_types": [layer.scale_type for layer in layers],
-        "group_sizes": [layer.group_size for layer in layers],
-        "zero_points": [layer.zero_point for layer in layers],
-        "has_bias": [int(layer.has_bias) for layer in layers],
-        "mode": float(np.float32(mode)),
-        "threshold": float(np.float32(threshold)),
-        "decode_only": bool(decode_only),
+        "in_features": str(layers[0].in_features),
+        "out_features": ", ".join(str(layer.out_features) for layer in layers),
+        "weight_types": ", ".join(layer.weight_type for layer in layers),
+        "scale_types": ", ".join(layer.scale_type for layer in layers),
+        "group_sizes": ", ".join(str(layer.group_size) for layer in layers),
+        "zero_points": ", ".join(str(layer.zero_point) for layer in layers),
+        "has_bias": ", ".join(str(int(layer.has_bias)) for layer in layers),
+        "mode": _number(mode),
+        "threshold": _number(threshold),
+        "decode_only": "true" if decode_only else "false",
         "precision": precision,
     }
+
+
+def _number(value: float) -> str:
+    """Text that reads as this float32."""
+    return repr(float(np.float32(value)))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <map>
 #include <openvino/op/op.hpp>
 #include <string>
 #include <vector>
@@ -13,6 +14,9 @@ namespace scap {
 ///
 /// Inputs: x [..., in_features] f32, then one u8 buffer per layer (see Weights), because OpenVINO converts constants
 /// of the types that the weights really have.
+///
+/// All attributes are text for OpenVINO, lists with commas. Of typed ones its readers leave out what they cannot parse,
+/// or a part of it ("maybe" as bool, "7x" as number), and what is missing: the default would be used without a word.
 class SparseOp : public ov::op::Op {
 public:
     OPENVINO_OP("SparseOp", "optimum_scap");
@@ -24,6 +28,8 @@ public:
     }
 
 protected:
+    /// Reads the attributes anew from their texts.
+    virtual void parse_attributes();
     /// Checks attributes and inputs; fills `layers_`.
     void validate_layers();
     ov::PartialShape output_shape(int64_t out_features) const;
@@ -32,30 +38,41 @@ protected:
     /// What prunes an input of shape [..., tokens, channels]: nothing (a threshold of 0) if only decode is pruned and
     /// there are several tokens.
     Threshold threshold_for(const ov::Shape& shape, float mode, float threshold) const;
-    void check_threshold(float mode, float threshold, const char* name) const;
+
+    /// The value of an attribute. Throws, naming it, where it is missing or is no such value.
+    const std::string& text(const char* name) const;
+    std::vector<std::string> texts(const char* name) const;
+    int64_t integer(const char* name) const;
+    std::vector<int64_t> integers(const char* name) const;
+    float number(const char* name) const;
+    bool flag(const char* name) const;
+    template <class Value>
+    Value named(const std::map<std::string, Value>& values, const char* name, const std::string& found) const;
+    int64_t parse_integer(const char* name, const std::string& found) const;
+
     /// Input features of layer i.
     virtual int64_t layer_in_features(size_t i) const = 0;
 
     struct Attributes {
         int64_t in_features = 0;
         std::vector<int64_t> out_features;
-        std::vector<std::string> weight_types;
-        std::vector<std::string> scale_types;
+        std::vector<WeightType> weight_types;
+        std::vector<ScaleType> scale_types;
         std::vector<int64_t> group_sizes;
         std::vector<int64_t> zero_points;
         std::vector<int64_t> has_bias;
         float mode = 0.0f;
         float threshold = 0.0f;
         bool decode_only = false;
-        std::string precision = "split";
+        Precision precision = Precision::split;
         // SCAPFeedForward only
-        std::string activation = "silu";
+        Activation activation = Activation::silu;
         float hidden_mode = 0.0f;
         float hidden_threshold = 0.0f;
     };
+    std::map<std::string, std::string> texts_;
     Attributes attributes_;
     std::vector<Weights> layers_;
-    Precision parsed_precision_ = Precision::split;
 };
 
 /// y_i = W_i sparsify(x - mode) + b_i: one output per layer.
@@ -86,12 +103,10 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 
 protected:
+    void parse_attributes() override;
     int64_t layer_in_features(size_t i) const override {
         return i + 1 == attributes_.out_features.size() ? attributes_.out_features[0] : attributes_.in_features;
     }
-
-private:
-    Activation parsed_activation_ = Activation::silu;
 };
 
 }  // namespace scap

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .build import load_library
+
 
 COLUMN_PAD = 32
 ALIGNMENT = 64
@@ -262,15 +264,14 @@ def _native_rows(
     return write
 
 
-@lru_cache
 def is_fast_for_dense_int4(library: Path) -> bool:
     """Whether dense layers of 4-bit weights decode faster with the extension than with OpenVINO's own kernels."""
-    return bool(ctypes.CDLL(str(library)).optimum_scap_is_fast_for_dense_int4())
+    return bool(load_library(library).optimum_scap_is_fast_for_dense_int4())
 
 
 @lru_cache
 def _packer(library: Path) -> Callable[..., None]:
-    function = ctypes.CDLL(str(library)).optimum_scap_pack_rows
+    function = load_library(library).optimum_scap_pack_rows
     function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
     function.restype = None
     return function

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ...cache import cache_folder
 
 
 logger = logging.getLogger(__name__)
@@ -132,14 +133,12 @@ def supports_early_launch(device: torch.device) -> bool:
 
 
 def cache_file() -> Path:
-    """Where configurations tuned on this machine are kept: in `$OPTIMUM_SCAP_CACHE`, or the user's cache."""
-    if override := os.environ.get("OPTIMUM_SCAP_CACHE"):
-        folder = Path(override)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "optimum_scap"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_scap"
-    return folder / "triton_configurations.json"
+    """Where configurations tuned on this machine are kept: in `$OPTIMUM_SCAP_CACHE`, or the user's cache.
+
+    Raises:
+        SCAPError: there is no folder for the cache.
+    """
+    return cache_folder() / "triton_configurations.json"
 
 
 Tuned = dict[str, dict[str, LaunchConfiguration]]

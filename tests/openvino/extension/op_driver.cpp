@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -13,6 +14,7 @@
 #include <openvino/op/constant.hpp>
 #include <openvino/op/parameter.hpp>
 #include <random>
+#include <sstream>
 #include <thread>
 
 using namespace scap;
@@ -22,52 +24,62 @@ namespace {
 using Strings = std::vector<std::string>;
 using Integers = std::vector<int64_t>;
 
-/// The attributes of an operation by type; what is not set keeps its default.
+/// The attributes of an operation by type, and those that are no such value.
 struct Attributes {
     std::map<std::string, int64_t> integer;
     std::map<std::string, Integers> integers;
     std::map<std::string, Strings> strings;
     std::map<std::string, double> number;
     std::map<std::string, std::string> string;
-    std::map<std::string, bool> boolean;
 };
 
-/// Sets them as the reader of an IR does.
+template <class Value>
+std::string text_of(const Value& value) {
+    std::ostringstream text;
+    text << value;
+    return text.str();
+}
+
+template <class Value>
+std::string text_of(const std::vector<Value>& values) {
+    std::string text;
+    for (const Value& value : values) {
+        text += (text.empty() ? "" : ", ") + text_of(value);
+    }
+    return text;
+}
+
+/// Sets them as the reader of an IR does; `string` wins.
 class Setter : public ov::AttributeVisitor {
 public:
-    explicit Setter(const Attributes& attributes) : attributes_(attributes) {}
+    explicit Setter(const Attributes& attributes) : texts_(attributes.string) {
+        add(attributes.integer);
+        add(attributes.integers);
+        add(attributes.strings);
+        add(attributes.number);
+    }
 
     using ov::AttributeVisitor::on_adapter;
-    void on_adapter(const std::string&, ov::ValueAccessor<void>&) override {}
-    void on_adapter(const std::string& name, ov::ValueAccessor<bool>& adapter) override {
-        set(attributes_.boolean, name, adapter);
-    }
-    void on_adapter(const std::string& name, ov::ValueAccessor<int64_t>& adapter) override {
-        set(attributes_.integer, name, adapter);
-    }
-    void on_adapter(const std::string& name, ov::ValueAccessor<double>& adapter) override {
-        set(attributes_.number, name, adapter);
+    void on_adapter(const std::string&, ov::ValueAccessor<void>&) override {
+        std::printf("FAILED: an attribute is no text\n");
+        std::exit(1);
     }
     void on_adapter(const std::string& name, ov::ValueAccessor<std::string>& adapter) override {
-        set(attributes_.string, name, adapter);
-    }
-    void on_adapter(const std::string& name, ov::ValueAccessor<Integers>& adapter) override {
-        set(attributes_.integers, name, adapter);
-    }
-    void on_adapter(const std::string& name, ov::ValueAccessor<Strings>& adapter) override {
-        set(attributes_.strings, name, adapter);
-    }
-
-private:
-    template <class Value, class Adapter>
-    static void set(const std::map<std::string, Value>& values, const std::string& name, Adapter& adapter) {
-        const auto found = values.find(name);
-        if (found != values.end()) {
+        const auto found = texts_.find(name);
+        if (found != texts_.end()) {
             adapter.set(found->second);
         }
     }
 
-    const Attributes& attributes_;
+private:
+    template <class Value>
+    void add(const std::map<std::string, Value>& values) {
+        for (const auto& [name, value] : values) {
+            texts_.emplace(name, text_of(value));
+        }
+    }
+
+    std::map<std::string, std::string> texts_;
 };
 
 constexpr int64_t kIn = 70;
@@ -83,6 +95,7 @@ Attributes attributes_of(size_t layers) {
                        {"has_bias", {1, 0, 1}}};
     result.strings = {{"weight_types", {"u4", "u4", "u8"}}, {"scale_types", {"f32", "f32", "f32"}}};
     result.number = {{"mode", 0.1}, {"threshold", 0.5}, {"hidden_mode", 0.01}, {"hidden_threshold", 0.2}};
+    result.string = {{"decode_only", "false"}, {"precision", "split"}, {"activation", "silu"}};
     for (auto& [name, values] : result.integers) {
         values.resize(layers);
     }
@@ -239,7 +252,7 @@ void check_attributes(size_t layers) {
             a.integers["group_sizes"][0] = value;
         });
     }
-    for (const int64_t value : {int64_t(-1), int64_t(-2), int64_t(256), kHuge, kTiny}) {
+    for (const int64_t value : {int64_t(-1), int64_t(-2), int64_t(16), int64_t(256), kHuge, kTiny}) {
         refused("zero_points", [&](Attributes& a) {
             a.integers["zero_points"][0] = value;
         });
@@ -278,9 +291,23 @@ void check_attributes(size_t layers) {
             a.number["mode"] = value;
         });
     }
-    refused("precision", [](Attributes& a) {
-        a.string["precision"] = "";
-    });
+    const std::map<std::string, Strings> texts = {
+        {"in_features", {"", "70x", "seventy", "7e1", "70.0", "+70", "99999999999999999999"}},
+        {"out_features", {",", "96, 96,", "96,, 96", "96; 96", "nan"}},
+        {"weight_types", {",", "u4, ", "U4, u4"}},
+        {"group_sizes", {"32, 32x", "32, 1e1"}},
+        {"mode", {"", "0.1.2", "0,1", "1e39", "-1e39", "nan", "inf", "mean"}},
+        {"threshold", {"", "0.5x", "1e39", "1e9999", "nan", "-inf"}},
+        {"decode_only", {"", "maybe", "True", "2", "yes"}},
+        {"precision", {"", "F32", "int3", "f32 "}},
+    };
+    for (const auto& [name, values] : texts) {
+        for (const std::string& value : values) {
+            refused(name.c_str(), [&](Attributes& a) {
+                a.string[name] = value;
+            });
+        }
+    }
     check_throws("nothing set", [&] {
         make<Op>(Attributes{}, inputs);
     });

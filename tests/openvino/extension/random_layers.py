@@ -10,9 +10,9 @@ from functools import lru_cache
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
+from reference.scap import dequantize
 
 from optimum_scap.openvino.extension.packing import PackedLayer, pack_float, pack_integer
-from optimum_scap.openvino.extension.reference import dequantize
 
 
 # kind: (bits, signed, has zero points)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import optimum_cli_in_process
+from filelock import FileLock
 from synthetic import gated_ffn, samples
 
 from optimum_scap import sparsify_activations
@@ -148,6 +151,85 @@ def test_a_truncated_library_is_built_again(keep, slow_compiler, tmp_path):
     assert slow_compiler.read_text() == "run\n" * 2
 
 
+@pytest.mark.parametrize("content", (b"", b"\xff\xfe", b"0" * 64, "caf\u00e9".encode("latin-1")))
+def test_a_damaged_digest_has_the_library_built_again(content, slow_compiler, tmp_path):
+    library = build_extension(cache_dir=tmp_path)
+    digest = library.with_name(f"{library.name}.sha256")
+    intact = digest.read_bytes()
+    digest.write_bytes(content)
+    assert build_extension(cache_dir=tmp_path) == library
+    assert digest.read_bytes() == intact
+    assert slow_compiler.read_text() == "run\n" * 2
+
+
+def test_the_path_is_absolute(slow_compiler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPTIMUM_SCAP_CACHE", "named")
+    for library, folder in ((build_extension(), "named"), (build_extension(cache_dir="given"), "given")):
+        assert library.is_absolute() and library.is_relative_to(tmp_path / folder)
+
+
+def test_a_path_that_is_no_utf8(slow_compiler, tmp_path, monkeypatch):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    monkeypatch.setenv("CXX", shutil.copy(os.environ["CXX"], folder))
+    assert build_extension(cache_dir=Path(folder)).read_text() == "halfdone"
+
+
+def test_a_build_that_another_process_never_finishes(slow_compiler, tmp_path, monkeypatch):
+    library = build_extension(cache_dir=tmp_path)
+    library.unlink()
+    monkeypatch.setenv("OPTIMUM_SCAP_BUILD_TIMEOUT", "0.2")
+    monkeypatch.setattr(build, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(build, "_compiler_version", lambda compiler: "slow 1.0\n")
+    with FileLock(library.with_name("lock")), pytest.raises(ExtensionBuildError) as caught:
+        build_extension(cache_dir=tmp_path)
+    assert str(library.with_name("lock")) in str(caught.value) and "another process" in str(caught.value)
+    assert slow_compiler.read_text() == "run\n"
+
+
+@pytest.mark.parametrize("seconds", ("soon", "0", "-5", "nan", "inf"))
+def test_a_timeout_that_is_no_time(seconds, slow_compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIMUM_SCAP_BUILD_TIMEOUT", seconds)
+    with pytest.raises(ExtensionBuildError, match=f"OPTIMUM_SCAP_BUILD_TIMEOUT must be .*, got '{seconds}'"):
+        build_extension(cache_dir=tmp_path)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()  # nobody may be left to fetch its status
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_what_a_hanging_compiler_started_ends_with_it(tmp_path, monkeypatch):
+    """The driver of a compiler runs others, which hold its pipes open."""
+    hanging_compiler(tmp_path, monkeypatch)
+    monkeypatch.setenv("OPTIMUM_SCAP_BUILD_TIMEOUT", "5")
+    with pytest.raises(ExtensionBuildError, match="did not end within"):
+        build_extension(cache_dir=tmp_path / "cache")
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 60
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not list((tmp_path / "cache").glob("*/*/build-*"))
+
+
+def test_a_disk_that_is_full_when_the_digest_is_written(slow_compiler, tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(build, "_digest_file", lambda library: Path("/dev/full"))
+    monkeypatch.setattr(build, "_is_intact", lambda library: False)
+    with pytest.raises(ExtensionBuildError, match=r"no space left on .*openvino-extension.* \(\d+ MiB free\)"):
+        build_extension(cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*/*/liboptimum_scap.*"))
+
+
 @pytest.fixture(scope="module")
 def sparse_model():
     return sparsify_activations(gated_ffn(), "up=0.4,gate=0.4,down=0.5", samples())
@@ -185,11 +267,70 @@ def library_that_cannot_be_loaded(tmp_path: Path, patch: pytest.MonkeyPatch) -> 
     patch.setenv("CXX", str(script))
 
 
+def script(path: Path, content: bytes) -> str:
+    path.write_bytes(b'#!/bin/sh\n[ "$1" = --version ] && exec echo 1.0\n' + content)
+    path.chmod(0o755)
+    return str(path)
+
+
+def compiler_that_speaks_latin_1(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CXX", script(tmp_path / "c++", b"printf 'error: \\377 caf\\351\\n' >&2; exit 1\n"))
+
+
+def compiler_of_an_unknown_version(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c++").write_bytes(b"#!/bin/sh\nprintf 'caf\\351\\n'; printf 'error: nothing works\\n' >&2; exit 7\n")
+    (tmp_path / "c++").chmod(0o755)
+    patch.setenv("CXX", str(tmp_path / "c++"))
+
+
+def quote_that_is_not_closed(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CXX", '"g++')
+
+
+def hanging_compiler(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    hang = f"sleep 600 &\necho $! > {tmp_path / 'child'}\nwait\n"
+    patch.setenv("CXX", script(tmp_path / "c++", hang.encode()))
+    patch.setenv("OPTIMUM_SCAP_BUILD_TIMEOUT", "2")
+
+
+def compiler_that_hangs_when_asked_for_its_version(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c++").write_text("#!/bin/sh\nsleep 600\n")
+    (tmp_path / "c++").chmod(0o755)
+    patch.setenv("CXX", str(tmp_path / "c++"))
+    patch.setattr(build, "VERSION_SECONDS", 0.2)
+
+
+def full_disk(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CXX", script(tmp_path / "c++", b"echo 'collect2: error: ld returned 1 exit status' >&2; exit 1\n"))
+    usage = type(shutil.disk_usage(tmp_path))(10 << 20, 9 << 20, 1 << 20)
+    patch.setattr(build.shutil, "disk_usage", lambda path: usage)
+
+
+def full_disk_of_which_the_compiler_speaks(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    said = b"echo '/usr/bin/ld: final link failed: No space left on device' >&2; exit 1\n"
+    patch.setenv("CXX", script(tmp_path / "c++", said))
+
+
+def openvino_without_its_metadata(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    patch.setattr(build.importlib.metadata, "version", version)
+
+
 OBSTACLES = {
+    compiler_that_speaks_latin_1: "failed to build the OpenVINO extension: error: \ufffd caf\ufffd",
+    compiler_of_an_unknown_version: "does not run: --version ended with exit status 7",
+    quote_that_is_not_closed: "CXX is no command line, '\"g++': No closing quotation",
+    hanging_compiler: "did not end within 2 s and was stopped; OPTIMUM_SCAP_BUILD_TIMEOUT says",
+    compiler_that_hangs_when_asked_for_its_version: "did not end within 0.2 s",
+    full_disk: "(1 MiB free) to build the OpenVINO extension: free some",
+    full_disk_of_which_the_compiler_speaks: "MiB free) to build the OpenVINO extension: free some",
+    openvino_without_its_metadata: "No package metadata was found for openvino",
     broken_compiler: "/bin/false does not run",
     no_compiler: "no C++ compiler found",
     cache_under_a_file: "cannot build the OpenVINO extension in",
-    no_home: "Set OPTIMUM_SCAP_CACHE",
+    no_home: "set OPTIMUM_SCAP_CACHE",
     library_that_cannot_be_loaded: "cannot be loaded",
 }
 

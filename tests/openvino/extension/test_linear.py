@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openvino import opset13 as ops
 from random_layers import KINDS, activations, compile_node, parameter, random_layer, relative_error
+from reference.scap import ACTIVATIONS, scap_feed_forward, scap_linear
 
 from optimum_scap.openvino.extension.build import ISA_FLAGS, ExtensionBuildError, build_extension
 from optimum_scap.openvino.extension.nodes import create_feed_forward, create_linear
 from optimum_scap.openvino.extension.packing import pack_float
-from optimum_scap.openvino.extension.reference import ACTIVATIONS, scap_feed_forward, scap_linear
 
 
 def threshold_at(x: np.ndarray, mode: float, sparsity: float) -> float:

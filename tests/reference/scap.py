@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations in plain float64 numpy.
+"""SCAP in plain float64 numpy.
 
     d      = x - mode                                                 (float32)
     keep   = not (|d| <= threshold)                                   (float32; NaN is kept)
