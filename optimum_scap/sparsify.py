@@ -82,11 +82,14 @@ def _sparsify_torch_model(
 ) -> Any:
     from .torch.backend import check_model, sparsify_model
     from .torch.dataset import build_samples
+    from .torch.wrappers import unwrap
 
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     check_model(inner, config)
     config = _with_dataset(config, dataset)
-    sparsify_model(inner, config, build_samples(inner, config, dataset, tokenizer, trust_remote_code))
+    # Behind wrappers and adapters is the model that knows its config and how to write text.
+    samples = build_samples(unwrap(inner), config, dataset, tokenizer, trust_remote_code)
+    sparsify_model(inner, config, samples)
     return model
 
 

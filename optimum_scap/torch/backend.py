@@ -304,7 +304,7 @@ class _Runner:
             self._call(inputs)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             raise_interruption_behind(error)
             raise SCAPError(
                 f"a {type(self._model).__name__} cannot run on the calibration sample {describe_sample(sample)}: "

@@ -9,7 +9,6 @@ way is an `ExtensionBuildError`: models run without the extension too.
 from __future__ import annotations
 
 import ctypes
-import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +27,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...cache import cache_folder
+from ...disk import free_bytes, is_disk_full
 from ...errors import SCAPError, first_line
 
 
@@ -121,22 +121,16 @@ def _build_seconds() -> float:
 def _describe(error: Exception, folder: Path | None) -> str:
     if folder is None:
         return f"cannot build the OpenVINO extension: {first_line(error)}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error, folder):
         return _no_space(folder)
     return f"cannot build the OpenVINO extension in {folder}: {first_line(error)}"
 
 
 def _no_space(folder: Path) -> str:
     return (
-        f"no space left on {folder} ({_free_bytes(folder) / 2**20:.0f} MiB free) to build the OpenVINO extension: "
+        f"no space left on {folder} ({free_bytes(folder) / 2**20:.0f} MiB free) to build the OpenVINO extension: "
         "free some, or set OPTIMUM_SCAP_CACHE to another folder"
     )
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 @lru_cache
@@ -310,4 +304,4 @@ def _compiler_failure(compiler: str, status: int, said: str, folder: Path) -> st
     if "No space left" in said or "quota exceeded" in said:
         return _no_space(folder)
     # The linker may say "ld returned 1 exit status" and no more.
-    return f"{_no_space(folder)}; {reason}" if _free_bytes(folder) < ENOUGH_BYTES else reason
+    return f"{_no_space(folder)}; {reason}" if free_bytes(folder) < ENOUGH_BYTES else reason
