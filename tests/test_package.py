@@ -6,7 +6,7 @@ import time
 from argparse import ArgumentParser
 from types import SimpleNamespace
 
-from conftest import optimum_cli
+from command_line import optimum_cli
 from optimum.commands.export.openvino import OVExportCommand, parse_args_openvino
 
 import optimum_scap

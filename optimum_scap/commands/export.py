@@ -66,10 +66,11 @@ def _export_sparse(command: Any, export: Any) -> None:
         if args.scap_fused_precision is not None and not args.scap_fused:
             raise SCAPError("--scap-fused-precision needs --scap-fused")
         output = Path(args.output)
-        check_output(output)
         check_output_is_not_model(output, args.model)
+        check_output(output)
 
         _check_is_dense(args.model)
+        _check_is_not_pickled(args.model)
 
         # Imports torch and openvino: only once the cheap checks have passed.
         from ..checkpoint import check_checkpoint
@@ -107,6 +108,16 @@ def _check_is_dense(model: str) -> None:
     folder = Path(model)
     if (folder / "config.json").is_file() and checkpoint_parameters(folder) is not None:
         raise SCAPError(f"model folder {model} is sparse already: export it without --scap, its thresholds come along")
+
+
+def _check_is_not_pickled(model: str) -> None:
+    folder = Path(model)
+    pickled = next(folder.glob("pytorch_model*.bin"), None) if folder.is_dir() else None
+    if pickled is not None and next(folder.glob("*.safetensors"), None) is None:
+        raise SCAPError(
+            f"model folder {model} holds its weights as a pickle ({pickled.name}), which can run code when opened "
+            "and is not read; load it where you trust it, and save_pretrained writes safetensors"
+        )
 
 
 def print_fused(output: Path, library: Path) -> None:

@@ -38,8 +38,8 @@ class TorchExportCommand(BaseOptimumCLICommand):
         args = self.args
         with errors_for_humans("optimum-cli export torch"):
             what = what_to_apply(args)
-            check_output(args.output)
             check_output_is_not_model(args.output, args.model)
+            check_output(args.output)
 
             from ..torch.dataset import check_dataset_name
             from ..torch.folder import export_checkpoint

@@ -40,13 +40,13 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
         args = self.args
         with errors_for_humans("optimum-cli scap apply"):
             what = what_to_apply(args)
+            check_output_is_not_model(args.output, args.model, copied=True)
             check_output(args.output)
 
             from ..openvino.dataset import check_dataset_name
             from ..openvino.folder import check_folder, sparsify_folder
 
             check_folder(args.model)
-            check_output_is_not_model(args.output, args.model, copied=True)
             if isinstance(what, SCAPConfig):
                 check_dataset_name(what.dataset)
             with parameters_kept(args, what) as keep, staged_output(args.output) as staging:
@@ -110,12 +110,12 @@ class SCAPFuseCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli scap fuse"):
+            check_output_is_not_model(args.output, args.model, copied=True)
             check_output(args.output)
 
             from ..openvino.folder import fuse_folder, read_folder_parameters
 
             read_folder_parameters(args.model)
-            check_output_is_not_model(args.output, args.model, copied=True)
             with staged_output(args.output) as staging:
                 library = fuse_folder(args.model, staging, FUSED_PRECISIONS[args.precision])
         print_fused(args.output, library)

@@ -122,6 +122,7 @@ def sparsify_folder(
 
     check_folder(source)
     copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
+    output.mkdir(parents=True, exist_ok=True)
     check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
     if task == "auto":
         task = infer_task(source, trust_remote_code)
@@ -169,6 +170,7 @@ def fuse_folder(source: Path, output: Path, precision: str | None = None) -> Pat
 
     check_is_portable(source)
     copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
+    output.mkdir(parents=True, exist_ok=True)
     check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
     library = build_extension()
     extend_core(library)

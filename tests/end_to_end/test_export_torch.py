@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import optimum_cli, optimum_cli_in_process
+from command_line import optimum_cli, optimum_cli_in_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -137,10 +137,14 @@ def test_pipelines(sparse_torch: Path) -> None:
     assert run(PIPELINE, sparse_torch).endswith(f"90 pruned layers\n{expected}\n")
 
 
-def test_parameters_from_a_file_on_either_backend(
-    sparse_torch: Path, smollm2: Path, dense_int8: Path, tmp_path: Path
-) -> None:
-    expected = load_parameters_of(sparse_torch, tmp_path)
+def test_parameters_from_a_file_on_either_backend(tiny: Path, tmp_path: Path) -> None:
+    calibration = ("--scap-dataset", tiny / "text.txt", "--scap-num-samples", "2", "--scap-seq-len", "32")
+    result = optimum_cli_in_process(
+        "export", "torch", "-m", tiny / "hf", "--scap", "up=0.4,down=0.6", *calibration, tmp_path / "calibrated"
+    )
+    assert result.returncode == 0, result.stderr
+    expected = load_parameters_of(tmp_path / "calibrated", tmp_path)
+    assert len(expected.layers) == 4
     # the reference's own file says the same in other words
     reference = {
         path: {
@@ -155,18 +159,20 @@ def test_parameters_from_a_file_on_either_backend(
     }
     (tmp_path / "calibrated_thresholds.json").write_text(json.dumps(reference))
     for file in ("parameters.json", "calibrated_thresholds.json"):
-        command = ("export", "torch", "-m", smollm2, "--scap-parameters", tmp_path / file, "--device", "cpu")
-        result = optimum_cli(*command, tmp_path / "torch")
+        command = ("export", "torch", "-m", tiny / "hf", "--scap-parameters", tmp_path / file, "--device", "cpu")
+        result = optimum_cli_in_process(*command, tmp_path / "torch")
         assert result.returncode == 0, result.stderr
         (tmp_path / "again").mkdir(exist_ok=True)
         assert load_parameters_of(tmp_path / "torch", tmp_path / "again").layers == expected.layers
-        result = optimum_cli("scap", "apply", dense_int8, "--scap-parameters", tmp_path / file, tmp_path / "openvino")
+        command = ("scap", "apply", tiny / "dense", "--scap-parameters", tmp_path / file)
+        result = optimum_cli_in_process(*command, tmp_path / "openvino")
         assert result.returncode == 0, result.stderr
-        result = optimum_cli("scap", "info", tmp_path / "openvino", "--json", tmp_path / "openvino.json")
+        result = optimum_cli_in_process("scap", "info", tmp_path / "openvino", "--json", tmp_path / "openvino.json")
         assert result.returncode == 0, result.stderr
         assert load_parameters(tmp_path / "openvino.json").layers == expected.layers
 
 
+@pytest.mark.slow
 def test_decode_only(smollm2: Path, sparse_torch: Path, tmp_path: Path) -> None:
     file = tmp_path / "parameters.json"
     load_parameters_of(sparse_torch, tmp_path)
@@ -378,15 +384,15 @@ def test_a_sparse_checkpoint_is_not_sparsified_again(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_is_found_by_the_model_itself(smollm2: Path, texts: tuple[Path, Path]) -> None:
+def test_text_is_found_by_the_model_itself(tiny: Path) -> None:
     """The tokenizer comes from where the model was loaded; `auto` is text that the model generates."""
-    by_file = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    sparsify_activations(by_file, SCAPConfig.from_spec("0.4", num_samples=4, seq_len=64), texts[0])
-    generated = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    by_file = AutoModelForCausalLM.from_pretrained(tiny / "hf", dtype=torch.float32)
+    sparsify_activations(by_file, SCAPConfig.from_spec("0.4", num_samples=4, seq_len=64), tiny / "text.txt")
+    generated = AutoModelForCausalLM.from_pretrained(tiny / "hf", dtype=torch.float32)
     sparsify_activations(generated, SCAPConfig.from_spec("0.4", num_samples=4))
     for model in (by_file, generated):
         thresholds = [module.scap_threshold for module in pruned_layers(model).values()]
-        assert len(thresholds) == 90 and all(0 < threshold < 10 for threshold in thresholds)
+        assert len(thresholds) == 6 and all(0 < threshold < 10 for threshold in thresholds)
 
 
 def test_benchmark_and_tune(sparse_torch: Path, tmp_path: Path) -> None:

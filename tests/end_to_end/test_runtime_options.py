@@ -14,7 +14,7 @@ import openvino as ov
 import optimum.intel
 import pytest
 import torch
-from conftest import optimum_cli_in_process
+from command_line import optimum_cli_in_process
 
 import optimum_scap
 from optimum_scap.openvino.extension.build import build_extension
@@ -50,6 +50,7 @@ def run_python(code: str, *arguments: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_model_cache(sparse_int8: Path, fused: Path, tmp_path: Path) -> None:
     """The second process takes both models out of the cache, with the operations in them."""
     cached = EXACT | {"CACHE_DIR": str(tmp_path / "cache")}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import optimum_cli_in_process
+from command_line import optimum_cli_in_process
 
 from optimum_scap import SCAPError, disk
 from optimum_scap.commands.record import RECORD, unaccounted
@@ -77,7 +77,9 @@ MODULES = (
 )
 
 
-@pytest.mark.parametrize("command", ["benchmark", "fuse", "info", "apply"])
+@pytest.mark.parametrize(
+    "command", ["benchmark", "info", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fuse", "apply"))]
+)
 def test_no_code_of_a_model_folder_runs(command: str, tiny: Path, tmp_path: Path) -> None:
     model = tmp_path / "m"
     shutil.copytree(tiny / ("dense" if command == "apply" else "sparse"), model)
@@ -99,6 +101,16 @@ def test_no_code_of_a_model_folder_runs(command: str, tiny: Path, tmp_path: Path
     )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
+def test_pickles_are_not_read(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(tiny / "hf", model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    for framework in ("openvino", "torch"):
+        result = optimum_cli_in_process("export", framework, "-m", model, tmp_path / "OUT", "--scap", "0.5")
+        assert result.returncode == 1 and "safetensors" in result.stderr, result.stderr
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_links_out_of_a_model_folder_are_not_followed(tiny: Path, tmp_path: Path) -> None:
@@ -164,7 +176,7 @@ import sys
 from contextlib import redirect_stderr
 import io
 from pathlib import Path
-from conftest import optimum_cli_in_process
+from command_line import optimum_cli_in_process
 from optimum_scap import disk
 from optimum_scap.openvino import folder
 folder.check_space = lambda *_: None  # the disk fills up behind the check

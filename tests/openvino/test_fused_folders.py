@@ -10,7 +10,7 @@ import openvino as ov
 import openvino.properties.hint as hints
 import pytest
 import torch
-from conftest import optimum_cli_in_process
+from command_line import optimum_cli_in_process
 from optimum.intel.openvino import modeling_base
 from small_model import write_sparse_llama
 

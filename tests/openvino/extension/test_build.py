@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import optimum_cli_in_process
+from command_line import optimum_cli_in_process
 from filelock import FileLock
 from synthetic import gated_ffn, samples
 
