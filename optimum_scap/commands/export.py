@@ -1,5 +1,6 @@
 """`optimum-cli export openvino --scap`: optimum-intel's own command, then SCAP on what it exported."""
 
+import json
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def print_fused(output: Path, library: Path) -> None:
     print(f"It needs the library {library}")
     print_operations(output)
     if "CausalLM" in (output / "config.json").read_text(encoding="utf-8"):
-        print(f'Run it with openvino_genai.LLMPipeline("{output}", "CPU", extensions=["{library}"])')
+        folder, extension = json.dumps(str(output)), json.dumps(str(library))  # whatever marks are in their names
+        print(f'Run it with openvino_genai.LLMPipeline({folder}, "CPU", extensions=[{extension}])')
 
 
 def print_operations(folder: Path) -> None:

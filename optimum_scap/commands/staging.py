@@ -120,8 +120,13 @@ class _Staging:
             _clean_up_after_killed(self._output)
             while self._lock is None:
                 self._folder = Path(tempfile.mkdtemp(prefix=f".{self._output.name}.scap-", dir=self._output.parent))
-                with suppress(FileNotFoundError):  # another run took the empty folder for one left behind
+                try:
                     self._lock = _locked(self._folder)
+                except FileNotFoundError:  # another run took the empty folder for one left behind
+                    continue
+                except NotImplementedError:  # a file system without locks: nobody will clean up there
+                    (self._folder / _LOCK).touch()
+                    self._lock = FileLock(self._folder / _LOCK)
             self.complete.mkdir()
             # For a signal at a moment when no block is there to be ended: while one begins or is over.
             atexit.register(self.abandon)
@@ -160,8 +165,12 @@ class _Staging:
     def delete(self) -> None:
         """Deletes the folder with what is still in it."""
         atexit.unregister(self.abandon)
-        if self._folder is not None and self._lock is not None:
+        if self._folder is None:
+            return
+        if self._lock is not None:
             _delete(self._folder, self._lock)
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def abandon(self) -> None:
         """Deletes the folder, and those above it that were made for the output."""

@@ -350,6 +350,21 @@ def test_the_old_export_comes_back_when_a_process_was_killed_between_two_renames
     assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
 
 
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    left = tmp_path / ".OUT.scap-somebody"
+    (left / "complete").mkdir(parents=True)
+    (left / ".optimum_scap.lock").touch()
+    monkeypatch.setattr(staging, "_locked", cannot)
+    export(tmp_path / "OUT", "old")
+    export(tmp_path / "OUT")
+    assert content(tmp_path / "OUT") == NEW
+    # Whether its process lives cannot be told.
+    assert {path.name for path in tmp_path.iterdir()} == {"OUT", left.name}
+
+
 def test_a_failure_removes_the_folders_that_were_made_for_the_output(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), staged_output(tmp_path / "a" / "b" / "OUT"):
         raise RuntimeError
