@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Tables that older versions of transformers stored, and newer ones compute.
-_TABLES = ("inv_freq", "position_ids", "masked_bias", "cos_cached", "sin_cached", "num_batches_tracked")
+_TABLES = ("inv_freq", "position_ids", "masked_bias", "causal_mask", "cos_cached", "sin_cached", "num_batches_tracked")
 # Fields that count further blocks, for speculation, which transformers does not run.
 _SPECULATIVE_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 
@@ -92,7 +92,12 @@ def check_loaded(model: Any, info: Mapping[str, Any], source: str | Path) -> Non
         raise SCAPError(f"model {source} cannot be loaded: {len(lacking)} weights are missing, such as {lacking[0]}")
     if missing:
         logger.warning("%s: %d weights are missing and random, such as %s", source, len(missing), missing[0])
-    unexpected = [name for name in sorted(info["unexpected_keys"]) if name.rpartition(".")[2] not in _TABLES]
+    tables = {name for name, _ in model.named_buffers()}  # those that the model makes by itself
+    unexpected = [
+        name
+        for name in sorted(info["unexpected_keys"])
+        if name.rpartition(".")[2] not in _TABLES and not tables & _names_in(model, name)
+    ]
     lost = [name for name in unexpected if _is_of_a_layer(model, name)]
     if lost:
         raise SCAPError(
@@ -222,9 +227,14 @@ def _is_of_the_body(model: Any, name: str) -> bool:
 
 def _is_of_a_layer(model: Any, name: str) -> bool:
     """Whether a weight that the model has no place for is of a layer or block that it has, or of one block more."""
+    return any(_has_layer_for(model, candidate) for candidate in _names_in(model, name))
+
+
+def _names_in(model: Any, name: str) -> set[str]:
+    """What a weight can be called in `model`: its checkpoint may be of one with a head, or of one without."""
     prefix = getattr(model, "base_model_prefix", "")
     bare = name.removeprefix(f"{prefix}.") if prefix else name
-    return any(_has_layer_for(model, candidate) for candidate in {name, bare, f"{prefix}.{bare}"})
+    return {name, bare, f"{prefix}.{bare}"}
 
 
 def _has_layer_for(model: Any, name: str) -> bool:

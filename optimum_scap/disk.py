@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .errors import SCAPError
 
@@ -42,6 +43,7 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
         and cause.errno in _DISK_FULL
         or any(words in str(cause).lower() for words in _SAYS_DISK_FULL)
         or "iostream error" in str(cause)
+        and _size(folder) > 0
         and free_bytes(folder) < _HARDLY_ANYTHING
         for cause in behind
     )
@@ -55,15 +57,23 @@ def check_space(folder: Path, needed: int) -> None:
     """
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise SCAPError(f"output folder {folder} does not exist or cannot be written to")
-    if free_bytes(folder) < needed:
+    if _size(folder) > 0 and free_bytes(folder) < needed:  # some file systems do not tell
         raise DiskFullError(folder, needed)
 
 
 def free_bytes(folder: Path) -> int:
     """Bytes that are free where `folder`, which need not exist yet, is."""
+    return _usage(folder).free
+
+
+def _size(folder: Path) -> int:
+    return _usage(folder).total
+
+
+def _usage(folder: Path) -> Any:
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder)
 
 
 def _mib(size: int) -> str:

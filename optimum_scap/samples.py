@@ -181,7 +181,7 @@ def _row_inputs(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, np.nd
         if row[name] is None:
             continue
         try:
-            inputs[name] = as_array(row[name])[None]
+            inputs[name] = _in_float32(row[name], as_array(row[name]))[None]
         except (TypeError, ValueError) as error:
             raise SCAPError(f"column {name} of the calibration dataset holds no arrays of numbers: {error}") from error
     return inputs
@@ -200,7 +200,13 @@ def _array_from_numbers(value: Any) -> Any:
         raise SCAPError(
             f"the calibration sample {describe_sample(value)} has rows of different lengths; pad them"
         ) from error
+    array = _in_float32(value, array)
     return array[None] if array.ndim == 1 else array
+
+
+def _in_float32(value: Any, array: np.ndarray) -> np.ndarray:
+    """`array` of `value`: floats in lists have no type, and models take float32."""
+    return array.astype(np.float32) if isinstance(value, list | tuple) and array.dtype == np.float64 else array
 
 
 def _is_number(value: Any) -> bool:

@@ -41,7 +41,8 @@ def sparsify_activations(
 
     Raises:
         SCAPError: (a ValueError) if the model is of another kind or sparse already, nothing in it matches the config,
-            the dataset is unusable, or a layer's activations are NaN, infinite or all zero.
+            the dataset is unusable, a layer's activations are NaN, infinite or all zero, or a transformers model could
+            not be saved afterwards (its generation config, for one).
     """
     if isinstance(config, str):
         config = SCAPConfig.from_spec(config)

@@ -258,3 +258,25 @@ def test_the_check_says_nothing_else(llama: Path, capfd: pytest.CaptureFixture[s
         check_checkpoint(llama)
     assert capfd.readouterr() == ("", "")
     assert tf.utils.logging.get_verbosity() == level and tf.utils.logging.is_progress_bar_enabled()
+
+
+def test_tables_that_the_model_makes_by_itself_are_harmless(tmp_path: Path) -> None:
+    """Older checkpoints of Swin 2 and CodeGen hold buffers that newer versions of transformers do not store."""
+    swin = tf.Swinv2Model(
+        tf.Swinv2Config(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    )
+    codegen = tf.CodeGenForCausalLM(
+        tf.CodeGenConfig(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    )
+    for model, name in (
+        (swin, "encoder.layers.0.blocks.0.attention.self.relative_coords_table"),
+        (codegen, "transformer.h.0.attn.causal_mask"),
+    ):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, name: torch.ones(2, 2)}, folder / "model.safetensors", {"format": "pt"})
+        check_checkpoint(folder)
+        save_file({**weights, f"{name}_scale": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(SCAPError, match="have no place"):
+            check_checkpoint(folder)

@@ -279,3 +279,13 @@ def test_what_the_dataset_helper_raises_is_explained(monkeypatch: pytest.MonkeyP
         SCAPError, match=r"cannot be calibrated on this dataset: KeyError: None; pass a dict of .*model"
     ):
         openvino_dataset._from_builder(openvino_model, CONFIG, [], "folder", False)
+
+
+def test_floats_in_lists_are_what_models_take() -> None:
+    """A list has no type; float64 is what numpy makes of it, and no model takes that."""
+    from optimum_scap.samples import inputs_of
+
+    found = inputs_of({"pixel_values": [[0.5, 1.5]], "input_ids": [[1, 2]]})
+    assert found["pixel_values"].dtype == np.float32 and found["input_ids"].dtype.kind == "i"
+    brought = np.zeros((1, 2))
+    assert inputs_of({"x": brought})["x"].dtype == np.float64

@@ -1,6 +1,7 @@
 """The record of what a run wrote into a folder: `.optimum_scap.json`, by which a later run may replace the folder.
 
-A folder is ours if each file in it is in the record and is as it was written, as far as size and first MiB tell.
+A folder is ours if each file in it is in the record and is as it was written, as far as its size and a sample of its
+content tell: the first and the last MiB and some in between.
 """
 
 import hashlib
@@ -17,14 +18,15 @@ from ..errors import first_line
 
 RECORD = ".optimum_scap.json"
 
-_HASHED = 1 << 20
+_PIECE = 1 << 20
+_PIECES = 9
 
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     size: StrictInt
-    sha256_of_first_mib: StrictStr
+    sha256_of_sample: StrictStr
 
 
 class _Record(BaseModel):
@@ -98,5 +100,9 @@ def _describe(path: Path, on_disk: bool = False) -> _File:
     with open(path, "rb") as file:
         if on_disk:
             os.fsync(file.fileno())
-        start = file.read(_HASHED)
-        return _File(size=os.fstat(file.fileno()).st_size, sha256_of_first_mib=hashlib.sha256(start).hexdigest())
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256()
+        for start in sorted({max(0, size - _PIECE) * index // (_PIECES - 1) for index in range(_PIECES)}):
+            file.seek(start)
+            digest.update(file.read(_PIECE))
+        return _File(size=size, sha256_of_sample=digest.hexdigest())

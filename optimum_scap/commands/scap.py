@@ -74,13 +74,15 @@ class SCAPInfoCommand(BaseOptimumCLICommand):
         args = self.args
         with errors_for_humans("optimum-cli scap info"):
             from ..parameters import merge_parameters, save_parameters
+            from ..torch.folder import is_torch_folder
             from .tables import print_parameters
 
             found = _read_folder_parameters(args.model)
             print_parameters(args.model, found)
-            print_operations(args.model)
             if args.json is not None:
                 save_parameters(merge_parameters(found.values()), args.json)
+            if not is_torch_folder(args.model):
+                print_operations(args.model)
 
 
 def _read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:

@@ -6,6 +6,7 @@ accounts for every file in it.
 """
 
 import atexit
+import errno
 import glob
 import os
 import shutil
@@ -24,6 +25,8 @@ from .signals import signals_as_exceptions, signals_deferred
 
 
 _LOCK = ".optimum_scap.lock"
+# What network file systems answer that have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def check_output(output: Path) -> None:
@@ -37,6 +40,8 @@ def check_output(output: Path) -> None:
         here = Path.cwd()
         if output.resolve() in (here, *here.parents):
             raise SCAPError(f"output folder {output} is, or is around, the current folder; choose another")
+        if os.path.ismount(output.resolve()):
+            raise SCAPError(f"output folder {output} is a mount point, which cannot be replaced; choose one inside it")
     elif output.exists():
         raise SCAPError(f"output {output} exists and is not a folder")
     parent = _existing_parent(output)
@@ -124,7 +129,10 @@ class _Staging:
                     self._lock = _locked(self._folder)
                 except FileNotFoundError:  # another run took the empty folder for one left behind
                     continue
-                except NotImplementedError:  # a file system without locks: nobody will clean up there
+                except (NotImplementedError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                        raise
+                    # A file system without locks: nobody will clean up there.
                     (self._folder / _LOCK).touch()
                     self._lock = FileLock(self._folder / _LOCK)
             self.complete.mkdir()
@@ -141,7 +149,9 @@ class _Staging:
         """
         assert self._folder is not None
         output, old = self._output, self.complete
-        if not output.exists() or not any(output.iterdir()):
+        if output.exists() and not any(output.iterdir()):
+            output.rmdir()
+        if not output.exists():
             self.complete.rename(output)
             return
         if not exchange(self.complete, output):
@@ -236,8 +246,11 @@ def _delete(staging: Path, lock: FileLock) -> None:
     for part in parts:
         shutil.rmtree(part, ignore_errors=True)
     # The lock goes last: a process that is killed here leaves what the next one knows as its own.
-    (staging / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):  # Windows deletes no file that is open
+        (staging / _LOCK).unlink()
     lock.release()
+    with suppress(OSError):
+        (staging / _LOCK).unlink()
     with suppress(OSError):  # a part that could not be deleted
         staging.rmdir()
 

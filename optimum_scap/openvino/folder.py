@@ -138,7 +138,7 @@ def sparsify_folder(
         if parameters is not None:
             changed[relative] = submodel
             found.append(parameters)
-    if on_calibrated is not None:
+    if on_calibrated is not None and found:
         on_calibrated(merge_parameters(found))
     _copy_files(copied, output, without=_ir_files(changed))
     written = [_save_beside(submodel, output / relative) for relative, submodel in changed.items()]
@@ -232,7 +232,7 @@ def files_to_copy(source: Path) -> dict[str, Path]:
         folders[:] = [name for name in folders if name not in _NOT_PART_OF_A_MODEL]
         for path in (Path(base) / name for name in (*folders, *files)):
             target = path.resolve()
-            if path.is_symlink() and not any(home in target.parents for home in homes):
+            if path.is_symlink() and not _is_blob(target) and not any(home in target.parents for home in homes):
                 raise SCAPError(
                     f"model folder {source}: {path.relative_to(source)} is a link to {target}, outside of the folder, "
                     "and is not copied; put the file itself there, or remove the link"
@@ -245,6 +245,11 @@ def files_to_copy(source: Path) -> dict[str, Path]:
             if path.is_file():
                 found[path.relative_to(source).as_posix()] = path
     return found
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file is one that the hub's client keeps; older ones linked to it from any folder."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
 
 
 def _copy_files(files: Mapping[str, Path], output: Path, without: set[str]) -> None:

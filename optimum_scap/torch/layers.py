@@ -325,6 +325,8 @@ def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -
     module.register_buffer("scap_folded_bias", None, persistent=False)
     if hasattr(module, "_old_forward"):  # accelerate calls what it found when its hook was added
         module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[assignment]
+    elif "forward" in vars(module):  # the class's own, which accelerate leaves behind when its hook is removed
+        del module.forward
     module.prepare()  # type: ignore[operator]
 
 

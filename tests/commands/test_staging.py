@@ -1,5 +1,6 @@
 """An output folder appears complete or not at all, and nothing is deleted but what a run wrote."""
 
+import errno
 import json
 import os
 import random
@@ -350,9 +351,12 @@ def test_the_old_export_comes_back_when_a_process_was_killed_between_two_renames
     assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
 
 
-def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("FileSystem does not appear to support flock"), OSError(errno.ENOLCK, "No locks")]
+)
+def test_file_systems_without_locks(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(*_: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise error
 
     left = tmp_path / ".OUT.scap-somebody"
     (left / "complete").mkdir(parents=True)
@@ -379,6 +383,15 @@ def test_an_output_around_the_current_folder_is_refused(tmp_path: Path, monkeypa
             check_output(tmp_path / "OUT")
 
 
+def test_a_mount_point_as_output_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's volume: renaming it fails, and what is beside it lies on another disk."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(SCAPError, match="is a mount point"):
+        check_output(tmp_path / "out")
+    check_output(tmp_path / "out" / "inside")
+
+
 def test_a_link_as_output_replaces_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "OUT")
     export(tmp_path / "link", "old")
@@ -400,11 +413,16 @@ def test_an_output_inside_or_around_the_model(tmp_path: Path) -> None:
         check_output_is_not_model(model.parent, model)
 
 
-def test_the_record_covers_what_lies_deep_and_ends_with_its_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 10 << 20, (20 << 20) - 1])
+def test_the_record_covers_what_lies_deep_and_all_of_a_large_file(place: int, tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "c").write_bytes(b"x" * (3 << 20))
+    file = tmp_path / "a" / "b" / "c"
+    file.write_bytes(b"x" * (20 << 20))
     write_record(tmp_path)
     assert unaccounted(tmp_path) is None
-    with (tmp_path / "a" / "b" / "c").open("ab") as file:
-        file.write(b"y")
+    with file.open("r+b") as changed:
+        changed.seek(place)
+        changed.write(b"y")
+    assert unaccounted(tmp_path) == "a/b/c was changed since optimum-scap wrote it"
+    file.write_bytes(b"x" * (20 << 20) + b"y")
     assert unaccounted(tmp_path) == "a/b/c was changed since optimum-scap wrote it"

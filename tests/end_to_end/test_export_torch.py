@@ -137,6 +137,15 @@ def test_pipelines(sparse_torch: Path) -> None:
     assert run(PIPELINE, sparse_torch).endswith(f"90 pruned layers\n{expected}\n")
 
 
+def test_info_of_a_checkpoint_needs_no_openvino(
+    sparse_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optimum_scap.openvino.folder", None)  # as where OpenVINO is not installed
+    result = optimum_cli_in_process("scap", "info", sparse_torch, "--json", tmp_path / "parameters.json")
+    assert result.returncode == 0, result.stderr
+    assert len(load_parameters(tmp_path / "parameters.json").layers) == 90
+
+
 def test_parameters_from_a_file_on_either_backend(tiny: Path, tmp_path: Path) -> None:
     calibration = ("--scap-dataset", tiny / "text.txt", "--scap-num-samples", "2", "--scap-seq-len", "32")
     result = optimum_cli_in_process(

@@ -151,6 +151,27 @@ def test_the_hubs_cache_is_a_model_folder_too(tiny: Path, tmp_path: Path) -> Non
     assert read_folder_parameters(tmp_path / "OUT")
 
 
+def test_links_into_the_hubs_cache(tiny: Path, tmp_path: Path) -> None:
+    """Older clients of the hub downloaded into a folder of links."""
+    blobs = tmp_path / "hub" / "models--me--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copy(tiny / "dense" / "config.json", blobs / "0123")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").symlink_to(blobs / "0123")
+    assert list(files_to_copy(tmp_path / "m")) == ["config.json"]
+
+
+def test_file_systems_that_do_not_tell_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))
+    disk.check_space(tmp_path, 1 << 40)
+    assert not disk.is_disk_full(RuntimeError("basic_ios::clear: iostream error"), tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    assert disk.is_disk_full(RuntimeError("basic_ios::clear: iostream error"), tmp_path)
+    with pytest.raises(disk.DiskFullError):
+        disk.check_space(tmp_path, 1)
+
+
 def test_what_git_and_the_hub_keep_does_not_go_along(tiny: Path, tmp_path: Path) -> None:
     model = tmp_path / "m"
     shutil.copytree(tiny / "dense", model)

@@ -458,3 +458,15 @@ def test_many_rows_compare_as_float32_does(dtype: torch.dtype, threshold: float,
     keep = ~(x.float().abs() <= threshold)
     expected = torch.where(keep, x, 0).float()
     assert torch.equal(y.float().nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_a_layer_whose_hook_was_removed_prunes() -> None:
+    """accelerate leaves the class's own forward on the instance, where it would hide that of the pruned layer."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    layer = nn.Linear(4, 3)
+    add_hook_to_module(layer, ModelHook())
+    remove_hook_from_module(layer)
+    convert(layer, LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=1.0), "all")
+    x = torch.tensor([[0.5, -0.5, 2.0, -3.0]])
+    torch.testing.assert_close(layer(x), F.linear(torch.tensor([[0.0, 0.0, 2.0, -3.0]]), layer.weight, layer.bias))
