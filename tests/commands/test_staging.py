@@ -15,7 +15,6 @@ import pytest
 
 from optimum_scap import SCAPError
 from optimum_scap.commands import staging
-from optimum_scap.commands.errors import errors_for_humans
 from optimum_scap.commands.exchange import exchange
 from optimum_scap.commands.record import RECORD, unaccounted, write_record
 from optimum_scap.commands.staging import check_output, check_output_is_not_model, staged_output
@@ -171,70 +170,77 @@ def test_folders_are_exchanged_where_linux_can(tmp_path: Path) -> None:
             exchange(tmp_path / "a", tmp_path / "missing")
 
 
+SIGNALED = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+from optimum_scap.commands import staging
+from optimum_scap.commands.errors import errors_for_humans
+output, number, moment, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+if moment == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+if way == "renames":
+    staging.exchange = lambda *_: False
+rename, delete = Path.rename, shutil.rmtree
+
+def renamed(self, target):
+    result = rename(self, target)
+    if moment == "rename":
+        os.kill(os.getpid(), number)
+    return result
+
+def deleted(*arguments, **options):
+    if moment == "delete":
+        os.kill(os.getpid(), number)
+    delete(*arguments, **options)
+
+Path.rename, shutil.rmtree = renamed, deleted
+with errors_for_humans("optimum-cli scap"), staging.staged_output(output) as folder:
+    (folder / "config.json").write_text("new")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "model.bin").write_text("new")
+    if moment in ("work", "ignored"):
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+"""
+
+
+def signaled(output: Path, number: signal.Signals, moment: str, way: str) -> subprocess.CompletedProcess[str]:
+    """An export in a process of its own that sends itself a signal at a certain moment."""
+    command = [sys.executable, "-c", SIGNALED, str(output), str(int(number)), moment, way]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", ["rename", "delete"])
+@pytest.mark.parametrize(("moment", "way"), [("delete", "exchange"), ("delete", "renames"), ("rename", "renames")])
 def test_a_signal_while_folders_change_places_waits(
-    number: signal.Signals,
-    moment: str,
-    exchanged: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals, moment: str, way: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "OUT"
     export(output, "old")
-    rename, delete = Path.rename, shutil.rmtree
-
-    def renamed(self: Path, target: Path) -> Path:
-        result = rename(self, target)
-        if moment == "rename":
-            os.kill(os.getpid(), number)
-        return result
-
-    def deleted(*args: object, **options: object) -> None:
-        if moment == "delete" or exchanged:
-            os.kill(os.getpid(), number)
-        delete(*args, **options)
-
-    monkeypatch.setattr(Path, "rename", renamed)
-    monkeypatch.setattr(shutil, "rmtree", deleted)
-    with pytest.raises(SystemExit) as stop, errors_for_humans("optimum-cli scap"):
-        export(output)
-    assert stop.value.code == 128 + number
-    assert f"{output} was written" in capsys.readouterr().err
+    result = signaled(output, number, moment, way)
+    assert result.returncode == 128 + number, result.stderr
+    assert f"{output} was written" in result.stderr
     assert content(output) == NEW
     assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_before_that_leaves_the_old_export(
-    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    export(tmp_path / "OUT", "new")
-    with (
-        pytest.raises(SystemExit) as stop,
-        errors_for_humans("optimum-cli scap"),
-        staged_output(tmp_path / "OUT") as folder,
-    ):
-        (folder / "config.json").write_text("newer")
-        os.kill(os.getpid(), number)
-        time.sleep(5)
-    assert stop.value.code == 128 + number
-    assert "nothing was written" in capsys.readouterr().err
-    assert content(tmp_path / "OUT") == NEW
+def test_a_signal_before_that_leaves_the_old_export(number: signal.Signals, tmp_path: Path) -> None:
+    export(tmp_path / "OUT", "old")
+    result = signaled(tmp_path / "OUT", number, "work", "exchange")
+    assert result.returncode == 128 + number, result.stderr
+    assert "nothing was written" in result.stderr
+    assert set(content(tmp_path / "OUT").values()) == {"old"}
     assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
 
 
 def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
     """nohup ignores SIGHUP, a shell SIGINT of its background jobs."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with staged_output(tmp_path / "OUT") as folder:
-            os.kill(os.getpid(), signal.SIGHUP)
-            (folder / "config.json").touch()
-        assert (tmp_path / "OUT" / "config.json").exists()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        result = signaled(tmp_path / "OUT", number, "ignored", "exchange")
+        assert result.returncode == 0, result.stderr
+        assert content(tmp_path / "OUT") == NEW
 
 
 ENDLESS_EXPORTS = """
