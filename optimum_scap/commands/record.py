@@ -47,10 +47,12 @@ def write_record(folder: Path) -> None:
     record = _Record(written_by=f"optimum-scap {__version__}", files={})
     for name, path in _entries(folder).items():
         record.files[name] = _describe(path, on_disk=True)
-    with open(folder / RECORD, "x", encoding="utf-8") as file:
+    # Under its name only as a whole: half a record would keep a folder that was left behind from being removed.
+    with open(folder / f"{RECORD}.new", "w", encoding="utf-8") as file:
         file.write(record.model_dump_json(indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    os.replace(folder / f"{RECORD}.new", folder / RECORD)
 
 
 def unaccounted(folder: Path) -> str | None:

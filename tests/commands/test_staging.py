@@ -337,6 +337,24 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
     assert (others / "chapter.txt").read_text() == "mine" and (tmp_path / ".OUT.scap-link").is_symlink()
 
 
+def test_a_process_killed_while_it_writes_its_record_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: int) -> None:
+        raise SystemExit(9)
+
+    left = tmp_path / ".OUT.scap-dead"
+    (left / "complete").mkdir(parents=True)
+    (left / ".optimum_scap.lock").touch()
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(SystemExit):
+        write_record(left / "complete")
+    monkeypatch.undo()
+    assert [path.name for path in (left / "complete").iterdir()] == [f"{RECORD}.new"]
+    export(tmp_path / "OUT")
+    assert not left.exists()
+
+
 def test_what_a_killed_process_left_is_kept_where_users_put_something(tmp_path: Path) -> None:
     """The old export, moved away by a process that was killed before it looked at it again."""
     left = tmp_path / ".OUT.scap-dead"
