@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .errors import SCAPError
+from .errors import SCAPError, errors_behind
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,19 +33,13 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether `error`, which came while `folder` was written to, or one behind it says that no space was left."""
     if isinstance(error, DiskFullError):
         return True
-    behind: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in behind:
-        behind.append(current)
-        current = current.__cause__ or current.__context__
     return any(
         isinstance(cause, OSError)
         and cause.errno in _DISK_FULL
         or any(words in str(cause).lower() for words in _SAYS_DISK_FULL)
         or "iostream error" in str(cause)
-        and _size(folder) > 0
-        and free_bytes(folder) < _HARDLY_ANYTHING
-        for cause in behind
+        and _has_less_than(folder, _HARDLY_ANYTHING)
+        for cause in errors_behind(error)
     )
 
 
@@ -57,7 +51,7 @@ def check_space(folder: Path, needed: int) -> None:
     """
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise SCAPError(f"output folder {folder} does not exist or cannot be written to")
-    if _size(folder) > 0 and free_bytes(folder) < needed:  # some file systems do not tell
+    if _has_less_than(folder, needed):
         raise DiskFullError(folder, needed)
 
 
@@ -66,8 +60,10 @@ def free_bytes(folder: Path) -> int:
     return _usage(folder).free
 
 
-def _size(folder: Path) -> int:
-    return _usage(folder).total
+def _has_less_than(folder: Path, size: int) -> bool:
+    """Whether less than `size` bytes are free; some file systems do not tell, and say that they have none at all."""
+    usage = _usage(folder)
+    return usage.total > 0 and usage.free < size
 
 
 def _usage(folder: Path) -> Any:

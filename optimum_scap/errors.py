@@ -1,6 +1,7 @@
 """The one exception users are meant to read, and what it says about the exceptions of other libraries."""
 
 import re
+from collections.abc import Iterator
 
 
 _OPENVINO_PLACE = re.compile(r"(Exception from \S+:\d+|Check '.*' failed at \S+:\d+):$")
@@ -44,17 +45,20 @@ def interruption_behind(error: BaseException) -> BaseException | None:
     Libraries turn an interruption into errors of their own: transformers evaluates the condition of an `except` that
     imports a library which is not there.
     """
+    return next((found for found in errors_behind(error) if isinstance(found, KeyboardInterrupt | SystemExit)), None)
+
+
+def errors_behind(error: BaseException) -> Iterator[BaseException]:
+    """`error` and all that it was raised from or during, members of groups among them."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
         found = pending.pop()
         if found is None or id(found) in seen:
             continue
-        if isinstance(found, KeyboardInterrupt | SystemExit):
-            return found
+        yield found
         seen.add(id(found))
         pending += [found.__context__, found.__cause__, *getattr(found, "exceptions", ())]
-    return None
 
 
 def raise_interruption_behind(error: BaseException) -> None:

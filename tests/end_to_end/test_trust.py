@@ -182,7 +182,8 @@ def test_what_git_and_the_hub_keep_does_not_go_along(tiny: Path, tmp_path: Path)
 
 
 def test_space_is_asked_for_before_calibration(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 1 << 16)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for command in (("scap", "fuse", tiny / "sparse"), ("scap", "apply", tiny / "dense")):
         more = () if command[1] == "fuse" else (*CALIBRATION, tiny / "text.txt")
         result = optimum_cli_in_process(*command, tmp_path / "OUT", *more)
