@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
-from optimum_scap.evaluation.torch_benchmark import load
+from optimum_scap.evaluation.torch_speed import load
 
 
 class TimedStreamer(TextStreamer):

@@ -24,12 +24,12 @@ _PUBLIC_NAMES = {
     "OVModelForSeq2SeqLM": ".openvino.modeling",
     "OVModelForSequenceClassification": ".openvino.modeling",
     "OVModelForTokenClassification": ".openvino.modeling",
-    "RoleTarget": ".config",
-    "SCAPConfig": ".config",
+    "RoleTarget": ".core.config",
+    "SCAPConfig": ".core.config",
     "SCAPError": ".errors",
-    "SCAPParameters": ".parameters",
-    "load_parameters": ".parameters",
-    "save_parameters": ".parameters",
+    "SCAPParameters": ".core.parameters",
+    "load_parameters": ".core.parameters",
+    "save_parameters": ".core.parameters",
     "sparsify_activations": ".sparsify",
 }
 
@@ -53,7 +53,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import RoleTarget, SCAPConfig
+    from .core.config import RoleTarget, SCAPConfig
+    from .core.parameters import SCAPParameters, load_parameters, save_parameters
     from .errors import SCAPError
     from .openvino.modeling import (
         OVModelForCausalLM,
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
         OVModelForSequenceClassification,
         OVModelForTokenClassification,
     )
-    from .parameters import SCAPParameters, load_parameters, save_parameters
     from .sparsify import sparsify_activations
 
 

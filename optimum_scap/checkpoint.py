@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .core.parameters import QUANT_METHOD
 from .errors import SCAPError, first_line, raise_interruption_behind
-from .parameters import QUANT_METHOD
 
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .config import SCAPConfig
+from .core.config import SCAPConfig
+from .core.parameters import SCAPParameters
 from .errors import SCAPError
-from .parameters import SCAPParameters
 
 
 def sparsify_activations(
@@ -95,8 +95,8 @@ def _sparsify_torch_model(
 
 
 def _sparsify_openvino_model(model: Any, config: SCAPConfig, dataset: Any) -> Any:
+    from .data.samples import texts_or_samples
     from .openvino.backend import sparsify_models
-    from .samples import texts_or_samples
 
     documents: Any = None
     if dataset is not None and not isinstance(dataset, str | Path):

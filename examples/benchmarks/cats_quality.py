@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.data.text import token_windows
 from optimum_scap.evaluation.perplexity import perplexity, token_samples
-from optimum_scap.text import token_windows
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optimum_scap.parameters import LayerParameters
+from optimum_scap.core.parameters import LayerParameters
 
 
 # The largest blocks that the kernels are tuned over. They read columns past a weight's last, and the kernel for `down`

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_scap import SCAPConfig, sparsify_activations
-from optimum_scap.evaluation.torch_benchmark import DecodeLoop, realised_sparsity
-from optimum_scap.parameters import LayerParameters
+from optimum_scap.core.parameters import LayerParameters
+from optimum_scap.evaluation.torch_speed import DecodeLoop, realised_sparsity
 from optimum_scap.torch.backend import read_parameters
-from optimum_scap.torch.shared_input import share_inputs
+from optimum_scap.torch.blocks.shared_input import share_inputs
 
 
 SPECS = {

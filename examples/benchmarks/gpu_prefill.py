@@ -19,7 +19,7 @@ from random_models import SHAPES, random_llama
 from torch.profiler import ProfilerActivity, profile
 
 from optimum_scap import SCAPConfig, sparsify_activations
-from optimum_scap.evaluation.torch_benchmark import DecodeLoop
+from optimum_scap.evaluation.torch_speed import DecodeLoop
 
 
 PROFILED = 5

@@ -15,7 +15,7 @@ import numpy as np
 from machine import describe_machine
 
 from optimum_scap.commands.tables import print_benchmark
-from optimum_scap.evaluation.benchmark import as_json, measure, realised_sparsity
+from optimum_scap.evaluation.speed import as_json, measure, realised_sparsity
 
 
 LLAMA_1B = {

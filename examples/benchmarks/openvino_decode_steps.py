@@ -12,9 +12,9 @@ import numpy as np
 import openvino as ov
 from machine import describe_machine
 
-from optimum_scap.evaluation.benchmark import Stepper
+from optimum_scap.evaluation.speed import Stepper
 from optimum_scap.openvino.extension.build import build_extension
-from optimum_scap.openvino.fusion import fuse
+from optimum_scap.openvino.fuse import fuse
 from optimum_scap.openvino.modeling import preferred_precision
 
 

@@ -5,9 +5,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from ..config import SCAPConfig
+from ..core.config import SCAPConfig
+from ..core.parameters import checkpoint_parameters
 from ..errors import SCAPError
-from ..parameters import checkpoint_parameters
 from .errors import errors_for_humans
 from .flags import add_scap_flags, check_scap_is_given, what_to_apply
 from .kept import parameters_kept

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..config import SCAPConfig
+from ..core.config import SCAPConfig
 from .errors import errors_for_humans
 from .flags import add_scap_flags, what_to_apply
 from .kept import parameters_kept

@@ -3,10 +3,10 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..config import MODES, ApplyTo, SCAPConfig
+from ..core.config import MODES, ApplyTo, SCAPConfig
+from ..core.parameters import SCAPParameters, load_parameters
+from ..core.roles import ROLES
 from ..errors import SCAPError
-from ..parameters import SCAPParameters, load_parameters
-from ..roles import ROLES
 
 
 def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:

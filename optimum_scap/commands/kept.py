@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..config import SCAPConfig
+from ..core.config import SCAPConfig
+from ..core.parameters import SCAPParameters, save_parameters
 from ..errors import SCAPError
-from ..parameters import SCAPParameters, save_parameters
 from .signals import note_of
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..config import SCAPConfig
+from ..core.config import SCAPConfig
+from ..core.parameters import SCAPParameters
 from ..errors import SCAPError
-from ..parameters import SCAPParameters
 from .errors import errors_for_humans
 from .export import FUSED_PRECISION_HELP, FUSED_PRECISIONS, print_fused, print_operations
 from .flags import add_scap_flags, what_to_apply
@@ -19,7 +19,7 @@ from .tune import SCAPTuneCommand
 
 
 if TYPE_CHECKING:
-    from ..evaluation.benchmark import Measurement
+    from ..evaluation.speed import Measurement
 
 
 class SCAPApplyCommand(BaseOptimumCLICommand):
@@ -73,7 +73,7 @@ class SCAPInfoCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli scap info"):
-            from ..parameters import merge_parameters, save_parameters
+            from ..core.parameters import merge_parameters, save_parameters
             from ..torch.folder import is_torch_folder
             from .tables import print_parameters
 
@@ -178,7 +178,7 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
             measurements, sparsity = run(args.model, args.baseline, vars_of(args))
             print_benchmark(measurements, sparsity)
             if args.json is not None:
-                from ..evaluation.benchmark import as_json
+                from ..evaluation.speed import as_json
 
                 result = {"models": as_json(measurements), "realised_sparsity": sparsity, "settings": vars_of(args)}
                 args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -187,7 +187,7 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
 def _benchmark_openvino(
     model: Path, baseline: Path | None, settings: dict[str, Any]
 ) -> tuple[list["Measurement"], dict[str, float]]:
-    from ..evaluation.benchmark import measure, realised_sparsity
+    from ..evaluation.speed import measure, realised_sparsity
     from ..openvino.folder import check_folder, check_is_portable
 
     for folder in (model, baseline):
@@ -203,7 +203,7 @@ def _benchmark_openvino(
 def _benchmark_torch(
     model: Path, baseline: Path | None, settings: dict[str, Any]
 ) -> tuple[list["Measurement"], dict[str, float]]:
-    from ..evaluation.torch_benchmark import measure
+    from ..evaluation.torch_speed import measure
 
     # A sparse checkpoint holds the dense model's weights: without a baseline it is compared with that.
     return measure({"dense": (baseline or model, False), "SCAP": (model, True)}, **settings)

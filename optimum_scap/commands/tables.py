@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..core.parameters import SCAPParameters
 from ..errors import printable
-from ..parameters import SCAPParameters
 
 
 if TYPE_CHECKING:
-    from ..evaluation.benchmark import Measurement
+    from ..evaluation.speed import Measurement
 
 
 def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> None:

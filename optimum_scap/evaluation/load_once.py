@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SCAPError
 from ..openvino import modeling  # noqa: F401  imports are not part of loading
-from .benchmark import Stepper, load
+from .speed import Stepper, load
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.lengths import clamp_length
 from ..errors import SCAPError
-from ..lengths import clamp_length
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, max_tokens: int | None = None) -> float:

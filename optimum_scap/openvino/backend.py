@@ -10,7 +10,7 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from .. import __version__
-from ..calibration import (
+from ..core.calibration import (
     Site,
     Thresholding,
     Visit,
@@ -18,13 +18,13 @@ from ..calibration import (
     check_patterns,
     select_targets,
 )
-from ..config import RoleTarget, SCAPConfig
+from ..core.config import RoleTarget, SCAPConfig
+from ..core.measuring import SkippedChannels
+from ..core.parameters import LayerParameters, SCAPParameters, parameters_from_json
+from ..core.roles import ROLES, module_path
+from ..data.padding import Padding
 from ..errors import SCAPError, printable
-from ..measuring import SkippedChannels
-from ..padding import Padding
-from ..parameters import LayerParameters, SCAPParameters, parameters_from_json
 from ..progress import length, run_over
-from ..roles import ROLES, module_path
 from .graph import FullyConnected, find_fully_connected
 from .inference import Runner, model_with_outputs
 from .threshold_ops import ThresholdOps, find_threshold_ops, insert_adjustable_ops, insert_threshold_ops

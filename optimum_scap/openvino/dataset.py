@@ -15,11 +15,10 @@ from optimum.intel.openvino.modeling_base import OVBaseModel
 from optimum.intel.openvino.quantization import OVCalibrationDatasetBuilder
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ..config import SCAPConfig
-from ..errors import SCAPError, first_line, printable, raise_interruption_behind
-from ..lengths import clamp_length
-from ..samples import as_array, describe_sample, inputs_of, texts_or_samples
-from ..text import (
+from ..core.config import SCAPConfig
+from ..data.lengths import clamp_length
+from ..data.samples import as_array, describe_sample, inputs_of, texts_or_samples
+from ..data.text import (
     check_dataset_name,
     cut_into_windows,
     generated_samples,
@@ -27,6 +26,7 @@ from ..text import (
     load_tokenizer,
     token_windows,
 )
+from ..errors import SCAPError, first_line, printable, raise_interruption_behind
 
 
 __all__ = ["KNOWN_DATASETS", "build_samples", "check_dataset_name", "named_text_samples"]

@@ -10,10 +10,10 @@ from typing import Any
 import openvino as ov
 from pydantic import ValidationError
 
-from ..config import SCAPConfig, describe_validation_error
+from ..core.config import SCAPConfig, describe_validation_error
+from ..core.parameters import SCAPParameters, checkpoint_parameters, merge_parameters
 from ..disk import DiskFullError, check_space, free_bytes, is_disk_full
 from ..errors import SCAPError, first_line
-from ..parameters import SCAPParameters, checkpoint_parameters, merge_parameters
 from ..tasks import infer_task
 from .backend import read_parameters
 from .fused_ir import is_fused, read_fused_ir, readable
@@ -165,7 +165,7 @@ def fuse_folder(source: Path, output: Path, precision: str | None = None) -> Pat
             built, or the disk has no space.
     """
     from .extension.build import build_extension
-    from .fusion import is_operation
+    from .fuse import is_operation
     from .modeling import extend_core, fused_clone
 
     check_is_portable(source)

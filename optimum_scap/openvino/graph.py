@@ -6,7 +6,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from ..roles import Role, find_role, module_path
+from ..core.roles import Role, find_role, module_path
 
 
 # Operations that NNCF puts between the activations and a MatMul when it quantises activations too.

@@ -8,8 +8,8 @@ import openvino as ov
 from nncf.definitions import NNCF_DATASET_RESET_STATE_KEY
 from openvino import opset13 as opset
 
+from ..data.samples import as_array, describe_sample, inputs_of
 from ..errors import SCAPError, first_line, printable
-from ..samples import as_array, describe_sample, inputs_of
 
 
 # Everything that OpenVINO approximates by default is turned off: thresholds belong to the model, not to one CPU.

@@ -24,8 +24,8 @@ from optimum.intel.openvino import modeling_base
 
 from ..errors import first_line
 from .extension.build import ExtensionBuildError, build_extension
+from .fuse import fuse, is_operation, set_precision
 from .fused_ir import is_fused, readable
-from .fusion import fuse, is_operation, set_precision
 from .optimum_intel import quiet_offline_guess
 from .threshold_ops import find_threshold_ops
 

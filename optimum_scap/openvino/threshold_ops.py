@@ -20,7 +20,7 @@ import openvino as ov
 from openvino import opset13 as opset
 from openvino.utils.node_factory import NodeFactory
 
-from ..calibration import Thresholding
+from ..core.calibration import Thresholding
 from .graph import FullyConnected, evaluate_constant, evaluate_weights, find_fully_connected, is_constant
 
 

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import __version__
-from ..calibration import KEEP_ALL, Site, Thresholding, Visit, calibrate, check_patterns, select_targets
-from ..config import RoleTarget, SCAPConfig
+from ..core.calibration import KEEP_ALL, Site, Thresholding, Visit, calibrate, check_patterns, select_targets
+from ..core.config import RoleTarget, SCAPConfig
+from ..core.measuring import SkippedChannels
+from ..core.parameters import QUANT_METHOD, LayerParameters, SCAPParameters
+from ..core.roles import ROLES, find_role, module_path
+from ..data.padding import Padding
+from ..data.samples import describe_sample, inputs_of
 from ..errors import SCAPError, first_line, raise_interruption_behind
-from ..measuring import SkippedChannels
-from ..padding import Padding
-from ..parameters import QUANT_METHOD, LayerParameters, SCAPParameters
 from ..progress import length, run_over
-from ..roles import ROLES, find_role, module_path
-from ..samples import describe_sample, inputs_of
-from .gated import fuse_gated_blocks
-from .layers import convert, is_pruned, prune
+from .blocks.gated import fuse_gated_blocks
+from .blocks.shared_input import share_inputs
+from .linear import convert, is_pruned, prune
 from .prunable import hooked_by_nncf, is_fully_connected, is_linear, why_dense
 from .saving import check_can_be_saved, is_from_transformers
-from .shared_input import share_inputs
 from .statistics import TorchActivationStatistics
 from .wrappers import has_adapters, saved_modules, unwrap, why_adapter_forbids
 

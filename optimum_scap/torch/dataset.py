@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import SCAPConfig
-from ..lengths import clamp_length
-from ..samples import texts_or_samples
-from ..text import (
+from ..core.config import SCAPConfig
+from ..data.lengths import clamp_length
+from ..data.samples import texts_or_samples
+from ..data.text import (
     check_dataset_name,
     cut_into_windows,
     generated_samples,

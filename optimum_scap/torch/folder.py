@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_loaded, check_quantization_method
-from ..config import SCAPConfig
+from ..core.config import SCAPConfig
+from ..core.parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
+from ..core.roles import SHARED_INPUTS, find_role
 from ..disk import check_space
 from ..errors import SCAPError, first_line, raise_interruption_behind
-from ..parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
-from ..roles import SHARED_INPUTS, find_role
 from ..sparsify import sparsify_activations
 from ..tasks import check_model_exists, infer_task
 

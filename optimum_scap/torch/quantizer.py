@@ -16,7 +16,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..parameters import QUANT_METHOD, SCAPParameters, parameters_from_quantization_config
+from ..core.parameters import QUANT_METHOD, SCAPParameters, parameters_from_quantization_config
 
 
 class SCAPQuantizationConfig(QuantizationConfigMixin):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Mode
-from ..statistics import ActivationStatistics, QuantileSketch
+from ..core.config import Mode
+from ..core.statistics import ActivationStatistics, QuantileSketch
 
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_scap import SCAPParameters, sparsify_activations
 from optimum_scap.commands.record import RECORD
+from optimum_scap.data.text import token_windows
 from optimum_scap.evaluation.perplexity import perplexity
 from optimum_scap.openvino.backend import measure_sparsity, named_layers, read_parameters
 from optimum_scap.openvino.folder import read_folder_parameters
 from optimum_scap.openvino.graph import evaluate_weights
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
-from optimum_scap.text import token_windows
 
 
 STOCK_GENERATION = """

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from optimum_scap import SCAPConfig, SCAPError, load_parameters, sparsify_activations
+from optimum_scap.data.text import token_windows
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
-from optimum_scap.text import token_windows
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers
 from optimum_scap.torch.folder import kernel_shapes
 

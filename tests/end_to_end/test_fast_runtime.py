@@ -56,7 +56,7 @@ def test_a_dense_model_is_compiled_as_it_is(dense_int8: Path) -> None:
 
 
 def test_greedy_text_is_that_of_the_portable_model(sparse_int8: Path) -> None:
-    """In f32 the sums have the same order, see extension/exact.hpp; tests/openvino/test_f32_bits.py says where."""
+    """In f32 the sums have the same order, see extension/cpp/exact.hpp; tests/openvino/test_f32_bits.py says where."""
     tokenizer = AutoTokenizer.from_pretrained(sparse_int8)
     config = EXACT | {"INFERENCE_NUM_THREADS": "2"}  # with many threads OpenVINO splits sums in another way
     stock = optimum.intel.OVModelForCausalLM.from_pretrained(sparse_int8, ov_config=dict(config))

@@ -25,7 +25,7 @@ def has_amx() -> bool:
 
 
 def knows_the_order_of_sums() -> bool:
-    """Whether this is a CPU for which extension/exact.hpp claims OpenVINO's order of sums in f32, of any version."""
+    """Whether this is a CPU for which exact.hpp claims OpenVINO's order of sums in f32, of any version."""
     return platform.machine() == "x86_64" and "avx512_vnni" in _cpu_flags() and not has_amx()
 
 

@@ -9,11 +9,11 @@ from openvino import opset13 as opset
 from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, samples
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
+from optimum_scap.core.parameters import LayerParameters
 from optimum_scap.openvino.backend import measure_sparsity, named_layers, read_parameters
 from optimum_scap.openvino.graph import evaluate_constant, evaluate_weights, find_fully_connected
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
-from optimum_scap.parameters import LayerParameters
 
 
 CONFIG = SCAPConfig.from_spec("up=0.4,gate=0.4,down=0.6")

@@ -13,7 +13,7 @@ from synthetic import compressed, gated_ffn, samples
 from optimum_scap import sparsify_activations
 from optimum_scap.openvino.extension import build
 from optimum_scap.openvino.extension.build import build_extension
-from optimum_scap.openvino.fusion import fuse
+from optimum_scap.openvino.fuse import fuse
 
 
 RUN = """

@@ -16,7 +16,7 @@ from openvino import opset13 as opset
 from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, linear, samples
 
 from optimum_scap import SCAPConfig, sparsify_activations
-from optimum_scap.openvino.fusion import fuse
+from optimum_scap.openvino.fuse import fuse
 from optimum_scap.openvino.inference import EXACT
 
 

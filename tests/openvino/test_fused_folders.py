@@ -18,8 +18,8 @@ from optimum_scap import OVModelForCausalLM, SCAPError
 from optimum_scap.openvino import modeling
 from optimum_scap.openvino.extension.build import ExtensionBuildError
 from optimum_scap.openvino.folder import check_is_portable, fuse_folder, model_files, read_folder_parameters
+from optimum_scap.openvino.fuse import is_operation
 from optimum_scap.openvino.fused_ir import is_fused, read_fused_ir
-from optimum_scap.openvino.fusion import is_operation
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.modeling import fused_clone, preferred_precision
 

@@ -10,7 +10,7 @@ import pytest
 from synthetic import compressed, gated_ffn, samples
 
 from optimum_scap import sparsify_activations
-from optimum_scap.openvino.fusion import fuse
+from optimum_scap.openvino.fuse import fuse
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.mapped_files import MappedFiles
 

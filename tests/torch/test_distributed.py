@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from optimum_scap import SCAPConfig, sparsify_activations
-from optimum_scap.torch import layers
+from optimum_scap.torch import linear as layers
 from optimum_scap.torch.backend import pruned_layers, read_parameters
 
 

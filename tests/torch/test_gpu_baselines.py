@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from optimum_scap.parameters import LayerParameters
+from optimum_scap.core.parameters import LayerParameters
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"

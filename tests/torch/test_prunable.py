@@ -14,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.pytorch_utils import Conv1D
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
-from optimum_scap.parameters import LayerParameters
+from optimum_scap.core.parameters import LayerParameters
 from optimum_scap.torch.prunable import is_fully_connected, why_dense
 
 

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
-from optimum_scap.parameters import LayerParameters
+from optimum_scap.core.parameters import LayerParameters
 from optimum_scap.torch.backend import _Runner, measure_sparsity, pruned_layers
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optimum_scap import SCAPError
-from optimum_scap.statistics import ActivationStatistics
+from optimum_scap.core.statistics import ActivationStatistics
 from optimum_scap.torch.statistics import TorchActivationStatistics, TorchQuantileSketch
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from optimum_scap import SCAPConfig, SCAPError, load_parameters, save_parameters, sparsify_activations
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers, read_parameters
-from optimum_scap.torch.layers import SCAPLinear
+from optimum_scap.torch.linear import SCAPLinear
 from optimum_scap.torch.wrappers import saved_modules, unwrap
 
 

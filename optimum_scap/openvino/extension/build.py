@@ -31,7 +31,7 @@ from ...disk import free_bytes, is_disk_full
 from ...errors import SCAPError, first_line
 
 
-SOURCE_DIR = Path(__file__).parent
+SOURCE_DIR = Path(__file__).resolve().parent / "cpp"
 BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 
 # Instruction sets that can be asked for: compiler flags on x86. Elsewhere only native and portable exist.

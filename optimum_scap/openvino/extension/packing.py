@@ -4,7 +4,7 @@
 Rows are input channels: row ``i`` holds ``W[:, i]``, padded to a multiple of 32 columns. A layer is one flat uint8
 array (OpenVINO's CPU plugin converts constants of f16, u4, i4 and i16, but leaves u8 alone): rows, scales and zero
 points ``[groups, padded out]`` and float32 bias, those that exist, each from a multiple of 64 bytes on, and a tail of
-512 bytes that kernels may read but never use. See ``weights.hpp``.
+512 bytes that kernels may read but never use. See ``cpp/weights.hpp``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,223 @@
+"""SCAPConfig: what to prune, how much, and how to calibrate. It validates itself and round-trips through JSON."""
+
+import re
+import reprlib
+from itertools import islice
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import SCAPError, first_line, printable
+from .roles import FFN_ROLES, ROLES, Role
+
+
+Mode = Literal["zero", "mean", "median", "kde"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+ApplyTo = Literal["all", "decode"]
+
+# Patterns, names and counts are bounded far above anything of use, so that a damaged file is refused, not worked on.
+_LONGEST_PATTERN = 100_000
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_SEED = 2**63 - 1
+
+
+def _a_number(value: Any) -> Any:
+    """pydantic takes true for 1 and "0.5" for 0.5; a file that says so is damaged."""
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("Input should be a number")
+    return value
+
+
+IsNumber = BeforeValidator(_a_number)
+Sparsity = Annotated[float, IsNumber, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Count = Annotated[int, IsNumber, Field(ge=1, le=_LARGEST_COUNT)]
+
+
+class RoleTarget(BaseModel):
+    """Target of one role: the fraction of input channels to prune per token, in [0, 1), and the mode estimator."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: Sparsity
+    mode: Mode = "zero"
+
+
+class SCAPConfig(BaseModel):
+    """What to prune and how to calibrate it.
+
+    Args:
+        targets: per role (see `core.roles.ROLES`) the target sparsity and the mode estimator. A bare number
+            stands for mode `zero`. A role with sparsity 0 is left dense.
+        include: regular expressions searched in module paths; when given, only layers that one of them matches are
+            pruned.
+        exclude: regular expressions searched in module paths; layers that one of them matches stay dense.
+        dataset: what to calibrate on when no dataset object is passed: a name that optimum-intel's dataset helper
+            knows, a local .txt, .jsonl, .json or .parquet file, or `auto` (text that the model itself generates).
+        num_samples: number of calibration samples.
+        seq_len: tokens per calibration sample.
+        seed: seed of every random choice made during calibration.
+        apply_to: `all` prunes every forward; `decode` only those of one token per sequence, and leaves prefill dense,
+            where pruning saves no time. Calibration prunes every forward either way.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field that is wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: dict[Role, RoleTarget] = Field(min_length=1)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dataset: str = "auto"
+    num_samples: Count = 64
+    seq_len: Count = 256
+    seed: Annotated[int, IsNumber, Field(ge=0, le=_LARGEST_SEED)] = 42
+    apply_to: ApplyTo = "all"
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _numbers_are_targets(cls, targets: Any) -> Any:
+        if not isinstance(targets, dict):
+            return targets
+        for role in targets:
+            if role not in ROLES:
+                raise ValueError(f"unknown role {shortened(role)}, choose from {', '.join(ROLES)}")
+        return {
+            role: target if isinstance(target, dict | RoleTarget) else {"sparsity": target}
+            for role, target in targets.items()
+        }
+
+    @field_validator("targets")
+    @classmethod
+    def _something_to_prune(cls, targets: dict[Role, RoleTarget]) -> dict[Role, RoleTarget]:
+        if all(target.sparsity == 0 for target in targets.values()):
+            raise ValueError("every role has sparsity 0, there is nothing to prune")
+        return targets
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError(f"a pattern is longer than {_LONGEST_PATTERN} characters")
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"{shortened(pattern)} is not a regular expression: {printable(first_line(error))}"
+                ) from error
+        return patterns
+
+    @classmethod
+    def from_spec(cls, spec: str, mode: str | None = None, **fields: Any) -> "SCAPConfig":
+        """Builds a config from the specification string of the command line.
+
+        Args:
+            spec: a number (`0.5`, every FFN role), pairs (`up=0.35,gate=0.35,down=0.55`), or the triplets of the
+                reference implementation (`up,zero,0.35,gate,zero,0.35,down,kde,0.55`).
+            mode: the mode of the roles for which `spec` names none: one mode, or pairs `down=kde,up=zero`.
+            fields: the other fields of SCAPConfig.
+
+        Raises:
+            SCAPError: one line that says which part is wrong.
+        """
+        targets = _parse_targets(spec)
+        modes = _parse_modes(mode, tuple(targets))
+        entries = {
+            role: {"sparsity": sparsity, "mode": named_mode or modes.get(role, "zero")}
+            for role, (named_mode, sparsity) in targets.items()
+        }
+        try:
+            return cls.model_validate({"targets": entries, **fields})
+        except ValidationError as error:
+            raise SCAPError(describe_validation_error(error)) from error
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """The problems that pydantic found as one line: `field: what is wrong`, joined by semicolons."""
+    problems = []
+    for problem in islice(error.errors(include_url=False), 4):
+        field = printable(".".join(str(part) for part in problem["loc"]))
+        message = printable(problem["msg"].removeprefix("Value error, "), 1000)
+        # What lacks a field may be a whole file.
+        got = "" if problem["type"] == "missing" else f" (got {shortened(problem['input'])})"
+        problems.append(f"{field}: {message}{got}" if field else message)
+    more = [f"and {error.error_count() - 3} more"] if error.error_count() > 3 else []
+    return "; ".join(problems[:3] + more)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
+
+def shortened(value: Any) -> str:
+    """The repr of what a file or a user gave, whatever its size and depth, for a message of one line."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return "a number of many digits"
+    return printable(_REPR.repr(value), 103)
+
+
+def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
+    """{role: (mode or None, sparsity)} from any of the three forms; sparsities are not checked for their range."""
+    spec = spec.strip()
+    try:
+        return {role: (None, float(spec)) for role in FFN_ROLES}
+    except ValueError:
+        pass
+    parts = [part.strip() for part in spec.split(",")]
+    if "=" in spec:
+        entries: list[tuple[str, str | None, str]] = []
+        for part in parts:
+            role, equals, sparsity = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise SCAPError(
+                    f"SCAP specification {shortened(spec)}: {shortened(part)} is not of the form role=sparsity"
+                )
+            entries.append((role, None, sparsity))
+    else:
+        if len(parts) % 3:
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: expected a number, role=sparsity pairs, or triplets "
+                f"role,mode,sparsity; got {len(parts)} comma-separated values, which is not a multiple of three"
+            )
+        entries = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
+
+    targets: dict[str, tuple[str | None, float]] = {}
+    for role, mode, sparsity in entries:
+        if role not in ROLES:
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: unknown role {shortened(role)}, choose from {', '.join(ROLES)}"
+            )
+        if mode is not None and mode not in MODES:
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: unknown mode {shortened(mode)}, choose from {', '.join(MODES)}"
+            )
+        if role in targets:
+            raise SCAPError(f"SCAP specification {shortened(spec)}: role {shortened(role)} is given twice")
+        try:
+            targets[role] = (mode, float(sparsity))
+        except ValueError:
+            raise SCAPError(
+                f"SCAP specification {shortened(spec)}: {shortened(sparsity)} is not a number (role {shortened(role)})"
+            ) from None
+    return targets
+
+
+def _parse_modes(mode: str | None, roles: tuple[str, ...]) -> dict[str, str]:
+    if mode is None:
+        return {}
+    modes: dict[str, str] = {}
+    for part in mode.split(","):
+        role, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            role, name = "", role
+        if name not in MODES:
+            raise SCAPError(f"mode {shortened(mode)}: unknown mode {shortened(name)}, choose from {', '.join(MODES)}")
+        if role and role not in roles:
+            given = ", ".join(roles)
+            raise SCAPError(
+                f"mode {shortened(mode)}: role {shortened(role)} has no target sparsity (roles given: {given})"
+            )
+        modes.update({role: name} if role else dict.fromkeys(roles, name))
+    return modes
