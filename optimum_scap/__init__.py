@@ -25,11 +25,12 @@ _PUBLIC_NAMES = {
     "OVModelForSequenceClassification": ".openvino.modeling",
     "OVModelForTokenClassification": ".openvino.modeling",
     "RoleTarget": ".core.config",
+    "Target": ".core.config",
     "SCAPConfig": ".core.config",
     "SCAPError": ".errors",
     "SCAPParameters": ".core.parameters",
-    "load_parameters": ".core.parameters",
-    "save_parameters": ".core.parameters",
+    "load_parameters": ".core.parameter_files",
+    "save_parameters": ".core.parameter_files",
     "sparsify_activations": ".sparsify",
 }
 
@@ -46,6 +47,7 @@ __all__ = [
     "SCAPConfig",
     "SCAPError",
     "SCAPParameters",
+    "Target",
     "__version__",
     "load_parameters",
     "save_parameters",
@@ -53,8 +55,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .core.config import RoleTarget, SCAPConfig
-    from .core.parameters import SCAPParameters, load_parameters, save_parameters
+    from .core.config import RoleTarget, SCAPConfig, Target
+    from .core.parameter_files import load_parameters, save_parameters
+    from .core.parameters import SCAPParameters
     from .errors import SCAPError
     from .openvino.modeling import (
         OVModelForCausalLM,

@@ -1,9 +1,12 @@
 """sparsify_activations: the one entry point, for every kind of model."""
 
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .core.backend import Backend, apply_parameters
+from .core.calibration import Allocation, Calibration
 from .core.config import SCAPConfig
 from .core.parameters import SCAPParameters
 from .errors import SCAPError
@@ -16,6 +19,7 @@ def sparsify_activations(
     *,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    allocation: Allocation | None = None,
 ) -> Any:
     """Applies Statistical Calibrated Activation Pruning (SCAP, arXiv 2412.07174) to a model, after training.
 
@@ -35,6 +39,9 @@ def sparsify_activations(
             `auto`; by default `config.dataset`.
         tokenizer: (not for `openvino.Model`) the tokenizer or where to load it from; by default the model's folder.
         trust_remote_code: (not for `openvino.Model`) whether the tokenizer may bring code of its own.
+        allocation: what redistributes the sparsity that the targets ask for among the layers: a function of the groups
+            of layers that prune alike, the statistics of their inputs, and the weights that each group reads, which
+            returns a sparsity per group (see `core.calibration.Allocation`).
 
     Returns:
         `model`.
@@ -46,57 +53,65 @@ def sparsify_activations(
     """
     if isinstance(config, str):
         config = SCAPConfig.from_spec(config)
-    if isinstance(config, SCAPParameters):
-        if dataset is not None:
-            raise SCAPError("SCAPParameters are applied without calibration: no dataset is needed")
-        return _apply(model, config)
+    if isinstance(config, SCAPParameters) and dataset is not None:
+        raise SCAPError("SCAPParameters are applied without calibration: no dataset is needed")
+    backends = _backends(model)
+    try:
+        if isinstance(config, SCAPParameters):
+            apply_parameters(backends, config)
+            return model
+        calibration = Calibration(backends, config)
+        samples = _samples(model, config, dataset, tokenizer, trust_remote_code)
+        calibration.run(samples, _name_of(dataset, config), allocation)
+    finally:
+        if _is_optimum_model(model):
+            model.clear_requests()
+    return model
+
+
+def _backends(model: Any) -> Mapping[str, Backend]:
+    """The models inside of `model` that calibration runs, by name."""
     if _is_instance(model, "torch.nn", "Module"):
-        return _sparsify_torch_model(model, config, dataset, tokenizer, trust_remote_code)
+        from .torch.backend import TorchBackend
+
+        return {"model": TorchBackend(_uncompiled(model))}
     if _is_instance(model, "openvino", "Model"):
-        return _sparsify_openvino_model(model, config, dataset)
-    if _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin"):
-        return _sparsify_optimum_model(model, config, dataset, tokenizer, trust_remote_code)
-    raise _unsupported(model)
+        from .openvino.backend import OpenVINOBackend
+
+        return {"model": OpenVINOBackend(model)}
+    if _is_optimum_model(model):
+        from .openvino.backend import OpenVINOBackend
+
+        submodels = dict(model.ov_models)
+        if any(_is_instance(submodel, "openvino", "CompiledModel") for submodel in submodels.values()):
+            raise SCAPError("the model was loaded with compile_only=True and cannot be changed; load it without")
+        return {name: OpenVINOBackend(submodel, name) for name, submodel in submodels.items()}
+    raise SCAPError(
+        f"models of type {type(model).__module__}.{type(model).__name__} are not supported; pass a torch.nn.Module, "
+        "an openvino.Model or an optimum-intel OVModel"
+    )
 
 
-def _apply(model: Any, parameters: SCAPParameters) -> Any:
-    if _is_instance(model, "torch.nn", "Module"):
-        from .torch.backend import apply_parameters
-
-        apply_parameters(model, parameters)
-    elif _is_instance(model, "openvino", "Model"):
-        from .openvino.backend import apply_parameters as apply_to_models
-
-        apply_to_models({"model": model}, parameters)
-    elif _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin"):
-        from .openvino.backend import apply_parameters as apply_to_models
-
-        apply_to_models(_submodels(model), parameters)
-        model.clear_requests()
-    else:
-        raise _unsupported(model)
-    return model
-
-
-def _sparsify_torch_model(
+def _samples(
     model: Any, config: SCAPConfig, dataset: Any, tokenizer: str | Path | Any, trust_remote_code: bool
-) -> Any:
-    from .torch.backend import check_model, sparsify_model
-    from .torch.dataset import build_samples
-    from .torch.wrappers import unwrap
+) -> Mapping[str, Iterable[Any]]:
+    """Calibration inputs for each of those models."""
+    if _is_instance(model, "torch.nn", "Module"):
+        from .torch.dataset import build_samples
+        from .torch.wrappers import unwrap
 
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    check_model(inner, config)
-    config = _with_dataset(config, dataset)
-    # Behind wrappers and adapters is the model that knows its config and how to write text.
-    samples = build_samples(unwrap(inner), config, dataset, tokenizer, trust_remote_code)
-    sparsify_model(inner, config, samples)
-    return model
+        # Behind wrappers and adapters is the model that knows its config and how to write text.
+        inner = unwrap(_uncompiled(model))
+        return {"model": build_samples(inner, config, dataset, tokenizer, trust_remote_code)}
+    if _is_optimum_model(model):
+        from .openvino.dataset import build_samples as build_openvino_samples
+
+        return build_openvino_samples(model, config, dataset, tokenizer, trust_remote_code)
+    return {"model": _samples_without_tokenizer(model, config, dataset)}
 
 
-def _sparsify_openvino_model(model: Any, config: SCAPConfig, dataset: Any) -> Any:
+def _samples_without_tokenizer(model: Any, config: SCAPConfig, dataset: Any) -> list[Any]:
     from .data.samples import texts_or_samples
-    from .openvino.backend import sparsify_models
 
     documents: Any = None
     if dataset is not None and not isinstance(dataset, str | Path):
@@ -104,48 +119,22 @@ def _sparsify_openvino_model(model: Any, config: SCAPConfig, dataset: Any) -> An
         documents, samples = texts_or_samples(dataset, config.num_samples, names)
     if dataset is None or isinstance(dataset, str | Path) or documents is not None:
         raise SCAPError("an openvino.Model has no tokenizer: pass a dataset of model inputs, not of text")
-    config = config.model_copy(update={"dataset": "custom"})
-    sparsify_models({"model": model}, config, {"model": list(samples)})
-    return model
+    return list(samples)
 
 
-def _sparsify_optimum_model(
-    model: Any, config: SCAPConfig, dataset: Any, tokenizer: str | Path | Any, trust_remote_code: bool
-) -> Any:
-    from .openvino.backend import check_models, sparsify_models
-    from .openvino.dataset import build_samples
-
-    submodels = _submodels(model)
-    check_models(submodels, config)
-    config = _with_dataset(config, dataset)
-    try:
-        samples = build_samples(model, config, dataset, tokenizer, trust_remote_code)
-        sparsify_models(submodels, config, samples)
-    finally:
-        model.clear_requests()
-    return model
-
-
-def _submodels(model: Any) -> dict[str, Any]:
-    submodels = dict(model.ov_models)
-    if any(_is_instance(submodel, "openvino", "CompiledModel") for submodel in submodels.values()):
-        raise SCAPError("the model was loaded with compile_only=True and cannot be changed; load it without")
-    return submodels
-
-
-def _with_dataset(config: SCAPConfig, dataset: Any) -> SCAPConfig:
-    """`config` with the dataset that is really used: its name, or `custom` for an object."""
+def _name_of(dataset: Any, config: SCAPConfig) -> str:
+    """What the record says about the data: its name, or `custom` for an object."""
     if dataset is None:
-        return config
-    name = str(dataset) if isinstance(dataset, str | Path) else "custom"
-    return config.model_copy(update={"dataset": name})
+        return config.dataset
+    return str(dataset) if isinstance(dataset, str | Path) else "custom"
 
 
-def _unsupported(model: Any) -> SCAPError:
-    return SCAPError(
-        f"models of type {type(model).__module__}.{type(model).__name__} are not supported; pass a torch.nn.Module, "
-        "an openvino.Model or an optimum-intel OVModel"
-    )
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)  # what torch.compile wraps
+
+
+def _is_optimum_model(model: Any) -> bool:
+    return _is_instance(model, "optimum.intel.openvino.modeling_base", "OVModelHostMixin")
 
 
 def _is_instance(value: Any, module: str, name: str) -> bool:

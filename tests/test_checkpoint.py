@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, tiny_model, tiny_samples
 
 from optimum_scap import SCAPError, sparsify_activations
 from optimum_scap.checkpoint import check_checkpoint
-from optimum_scap.torch.folder import _load
+from optimum_scap.torch.checkpoint import load_model
 
 
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
@@ -48,7 +48,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 
 def load_in_earnest(folder: Path) -> Any:
-    return _load(str(folder), "auto", "auto", "cpu", {"trust_remote_code": False})
+    return load_model(str(folder), "auto", "auto", "cpu", {"trust_remote_code": False})
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import numpy as np
 from machine import describe_machine
 from openvino_decode import LLAMA_1B
 
+from optimum_scap.folders import fuse_folder
 from optimum_scap.openvino.extension.build import build_extension
-from optimum_scap.openvino.folder import fuse_folder
 
 
 PROMPT_TOKENS = 128

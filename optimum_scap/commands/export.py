@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import SCAPConfig
-from ..core.parameters import checkpoint_parameters
+from ..core.parameter_files import checkpoint_parameters
 from ..errors import SCAPError
 from .errors import errors_for_humans
 from .flags import add_scap_flags, check_scap_is_given, what_to_apply
@@ -75,8 +75,8 @@ def _export_sparse(command: Any, export: Any) -> None:
 
         # Imports torch and openvino: only once the cheap checks have passed.
         from ..checkpoint import check_checkpoint
+        from ..folders import fuse_folder, sparsify_folder
         from ..openvino.dataset import check_dataset_name
-        from ..openvino.folder import fuse_folder, sparsify_folder
         from ..tasks import infer_task
 
         if isinstance(what, SCAPConfig):
@@ -132,7 +132,7 @@ def print_fused(output: Path, library: Path) -> None:
 
 def print_operations(folder: Path) -> None:
     """A line for every fused IR in `folder` whose arithmetic is not what a hint of f32 asks for."""
-    from ..openvino.folder import model_files
+    from ..openvino.files import model_files
     from ..openvino.fused_ir import is_fused, read_fused_ir
 
     for path in filter(is_fused, model_files(folder)):

@@ -41,8 +41,8 @@ class TorchExportCommand(BaseOptimumCLICommand):
             check_output_is_not_model(args.output, args.model)
             check_output(args.output)
 
+            from ..folders import export_checkpoint
             from ..torch.dataset import check_dataset_name
-            from ..torch.folder import export_checkpoint
 
             if isinstance(what, SCAPConfig):
                 check_dataset_name(what.dataset)

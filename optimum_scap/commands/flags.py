@@ -3,8 +3,9 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..core.config import MODES, ApplyTo, SCAPConfig
-from ..core.parameters import SCAPParameters, load_parameters
+from ..core.config import ESTIMATORS, ApplyTo, SCAPConfig
+from ..core.parameter_files import load_parameters
+from ..core.parameters import SCAPParameters
 from ..core.roles import ROLES
 from ..errors import SCAPError
 
@@ -37,7 +38,7 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
         "--scap-mode",
         metavar="MODE",
         help=(
-            f"How the mode of the activations is estimated: one of {', '.join(MODES)}, or pairs such as down=kde. "
+            f"How the mode of the activations is estimated: one of {', '.join(ESTIMATORS)}, or pairs such as down=kde. "
             "Default: zero."
         ),
     )

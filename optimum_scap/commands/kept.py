@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.config import SCAPConfig
-from ..core.parameters import SCAPParameters, save_parameters
+from ..core.parameter_files import save_parameters
+from ..core.parameters import SCAPParameters
 from ..errors import SCAPError
 from .signals import note_of
 

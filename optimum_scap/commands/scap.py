@@ -43,8 +43,9 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
             check_output_is_not_model(args.output, args.model, copied=True)
             check_output(args.output)
 
+            from ..folders import sparsify_folder
             from ..openvino.dataset import check_dataset_name
-            from ..openvino.folder import check_folder, sparsify_folder
+            from ..openvino.files import check_folder
 
             check_folder(args.model)
             if isinstance(what, SCAPConfig):
@@ -73,27 +74,27 @@ class SCAPInfoCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli scap info"):
-            from ..core.parameters import merge_parameters, save_parameters
-            from ..torch.folder import is_torch_folder
+            from ..core.parameter_files import save_parameters
+            from ..torch.checkpoint import is_torch_folder
             from .tables import print_parameters
 
             found = _read_folder_parameters(args.model)
             print_parameters(args.model, found)
             if args.json is not None:
-                save_parameters(merge_parameters(found.values()), args.json)
+                save_parameters(SCAPParameters.merged(found.values()), args.json)
             if not is_torch_folder(args.model):
                 print_operations(args.model)
 
 
 def _read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
     """The SCAP parameters of a folder by file name, whichever framework it is for."""
-    from ..torch.folder import is_torch_folder
+    from ..torch.checkpoint import is_torch_folder
 
     if is_torch_folder(folder):
-        from ..torch.folder import read_folder_parameters
+        from ..torch.checkpoint import read_folder_parameters
 
         return {"config.json": read_folder_parameters(folder)}
-    from ..openvino.folder import read_folder_parameters as read_openvino_parameters
+    from ..openvino.files import read_folder_parameters as read_openvino_parameters
 
     return read_openvino_parameters(folder)
 
@@ -115,7 +116,7 @@ class SCAPFuseCommand(BaseOptimumCLICommand):
             check_output_is_not_model(args.output, args.model, copied=True)
             check_output(args.output)
 
-            from ..openvino.folder import fuse_folder, read_folder_parameters
+            from ..folders import fuse_folder, read_folder_parameters
 
             read_folder_parameters(args.model)
             with staged_output(args.output) as staging:
@@ -161,7 +162,7 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli scap benchmark"):
-            from ..torch.folder import is_torch_folder
+            from ..torch.checkpoint import is_torch_folder
             from .tables import print_benchmark
 
             for name, values in (
@@ -188,7 +189,7 @@ def _benchmark_openvino(
     model: Path, baseline: Path | None, settings: dict[str, Any]
 ) -> tuple[list["Measurement"], dict[str, float]]:
     from ..evaluation.speed import measure, realised_sparsity
-    from ..openvino.folder import check_folder, check_is_portable
+    from ..openvino.files import check_folder, check_is_portable
 
     for folder in (model, baseline):
         if folder is not None:

@@ -22,7 +22,7 @@ class SCAPTuneCommand(BaseOptimumCLICommand):
         with errors_for_humans("optimum-cli scap tune"):
             if not args.budget > 0:
                 raise SCAPError("--budget must be a positive number of seconds")
-            from ..torch.folder import is_torch_folder, kernel_shapes
+            from ..torch.checkpoint import is_torch_folder, kernel_shapes
 
             if not is_torch_folder(args.model):
                 raise SCAPError(f"model folder {args.model} holds no PyTorch checkpoint: there is nothing to tune")

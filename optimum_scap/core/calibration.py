@@ -1,25 +1,35 @@
-"""From activations to the mode and the threshold of every layer. Knows no framework.
+"""The algorithm: from a model and samples of its inputs to the parameters of every pruned layer. Knows no framework.
 
-A backend lists its `Site`s (one per pruned input) and runs the model over the calibration data on request. Thresholds
-must hold while all other layers are sparse too (the reference calibrates each layer behind layers that are already
-pruned), so the passes are repeated under the current thresholds until the sparsity they realise has settled.
+    layers -> sites -> targets -> statistics -> criteria -> parameters
+
+Thresholds must hold while all other layers are sparse too (the reference calibrates each layer behind layers that are
+already pruned), so the passes over the data are repeated under the current criteria until the sparsity they realize
+has settled.
 """
 
 import logging
-import re
-import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import SCAPError, printable
-from .config import RoleTarget, SCAPConfig
-from .roles import Role
+from .. import __version__
+from ..errors import SCAPError
+from ..progress import length, run_over
+from .backend import Backend, Collector
+from .config import SCAPConfig, Target
+from .criterion import KEEP_ALL, Criterion
+from .parameters import LayerParameters, SCAPParameters
+from .sites import Layers, Site
 from .statistics import ActivationStatistics
+from .targets import Group, choose_targets, is_excluded, make_groups
+from .unreached import names_of, never_reached
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 logger = logging.getLogger(__name__)
@@ -27,172 +37,251 @@ logger = logging.getLogger(__name__)
 SETTLED = 0.004
 MAX_PASSES = 8
 FIRST_PASS_FRACTION = 0.25
+# Behind that many passes a mode stays what it is where the threshold has to be found for a given one.
+MODE_PASSES = 2
+
+# What redistributes sparsity: (groups, their statistics on the dense model, the weights that each reads) to a sparsity
+# per group key, which skips as many weights as the targets do.
+Allocation = Callable[[Sequence[Group], Mapping[str, ActivationStatistics], Mapping[str, int]], Mapping[str, float]]
 
 
-@dataclass(frozen=True)
-class Thresholding:
-    """Mode and threshold of one site. A threshold below zero keeps every channel."""
-
-    mode: np.float32
-    threshold: np.float32
-
-
-KEEP_ALL = Thresholding(np.float32(0.0), np.float32(-1.0))
-
-
-@dataclass(frozen=True)
-class Site:
-    """One input that is pruned, for all the layers that read it with the same target.
+class Calibration:
+    """What is known about a model, or several that work together, before any sample is read.
 
     Args:
-        key: identifies the site within its model.
-        layers: module paths of the layers behind it.
-        target: sparsity and mode estimator.
+        backends: the models by name.
+        config: what to prune.
+
+    Raises:
+        SCAPError: if a model is sparse already, nothing in any of them matches the config, or one could not be saved.
     """
 
-    key: str
-    layers: tuple[str, ...]
-    target: RoleTarget
+    def __init__(self, backends: Mapping[str, Backend], config: SCAPConfig) -> None:
+        self._backends = backends
+        self._config = config
+        self._layers = {name: backend.layers() for name, backend in backends.items()}
+        self._targets = choose_targets(_all_layers(self._layers.values()), config)
+        for backend in backends.values():
+            backend.check_can_be_saved()
 
+    def run(
+        self, samples: Mapping[str, Iterable[Any]], dataset: str, allocation: Allocation | None = None
+    ) -> SCAPParameters:
+        """Finds the parameters of all layers to prune and applies them. No model is touched until all are calibrated.
 
-# visit(site key, activations), the activations being of the kind that the backend's statistics take
-Visit = Callable[[str, Any], None]
-# run_pass(current thresholds per site key, fraction of the data to use, description, visit)
-RunPass = Callable[[dict[str, Thresholding], float, str, Visit], None]
+        Args:
+            samples: inputs per model name; iterated several times. A model without samples stays dense.
+            dataset: what the samples are, for the record.
+            allocation: redistributes the sparsity that the targets ask for.
+
+        Returns:
+            The parameters of all pruned layers. Every changed model carries its own.
+
+        Raises:
+            SCAPError: if calibration is impossible.
+        """
+        found = {}
+        for name, backend in self._backends.items():
+            layers = self._layers[name]
+            targets = {path: target for path, target in self._targets.items() if path in layers.prunable}
+            if targets and name in samples:
+                sites = backend.find_sites(layers, samples[name])
+                groups = make_groups(sites, targets)
+                groups, criteria = calibrate(backend, groups, samples[name], self._config.seed, layers, allocation)
+                found[name] = self._parameters(layers, sites, groups, criteria, dataset)
+        if not found:
+            raise SCAPError("the calibration dataset has no samples for any model that holds layers to prune")
+        for name, parameters in found.items():
+            self._backends[name].apply(parameters)
+        return SCAPParameters.merged(found.values())
+
+    def _parameters(
+        self,
+        layers: Layers,
+        sites: Iterable[Site],
+        groups: Iterable[Group],
+        criteria: Mapping[str, Criterion],
+        dataset: str,
+    ) -> SCAPParameters:
+        by_path = {path: group for group in groups for path in group.layers}
+        parameters = SCAPParameters(
+            version=__version__,
+            config=self._config.model_copy(update={"dataset": dataset}),
+            apply_to=self._config.apply_to,
+            dense_layers=self._config.dense_layers,
+            sites=tuple(
+                kept
+                for site in sites
+                if (kept := tuple(path for path in site.layers if not is_excluded(path, self._config)))
+            ),
+            layers={
+                path: LayerParameters.of(criteria[by_path[path].key], layer.role, by_path[path].target)
+                for path, layer in layers.prunable.items()
+                if path in by_path
+            },
+        )
+        for path, group in by_path.items():
+            scale = criteria[group.key].scale
+            if scale is not None:
+                parameters = parameters.with_tensor(path, "scale", scale)
+        return parameters
 
 
 def calibrate(
-    sites: Iterable[Site],
-    run_pass: RunPass,
+    backend: Backend,
+    groups: Sequence[Group],
+    samples: Iterable[Any],
     seed: int,
-    new_statistics: Callable[..., ActivationStatistics] = ActivationStatistics,
-) -> dict[str, Thresholding]:
-    """Finds the mode and the threshold of every site.
+    layers: Layers | None = None,
+    allocation: Allocation | None = None,
+) -> tuple[list[Group], dict[str, Criterion]]:
+    """Finds the criterion of every group of one model.
 
     Args:
-        sites: the sites of one model.
-        run_pass: runs the model over (a fraction of) the calibration data with the given thresholds in force and
-            calls `visit(key, activations)` with the input of each site, before it is pruned.
+        backend: the model.
+        groups: what is to be pruned.
+        samples: model inputs; iterated several times.
         seed: seed of the sketches.
-        new_statistics: makes the statistics of one site (name, seed); a backend may collect them where its activations
-            are.
+        layers: the shapes of the layers, for `allocation`.
+        allocation: redistributes the sparsity that the targets ask for.
 
     Returns:
-        {site key: Thresholding}; on the calibration data, with all of them in force, each site prunes its target
-        within 0.01 (more where activations equal to the threshold make that impossible).
+        The groups, with the targets of the allocation, and {group key: criterion}; on the calibration data, with all of
+        them in force, each layer prunes its target within 0.01 (more where activations equal to the threshold make
+        that impossible).
 
     Raises:
         SCAPError: naming the layer whose activations cannot be calibrated.
     """
-    sites = list(sites)
-    current = {site.key: KEEP_ALL for site in sites}
-    for number in range(MAX_PASSES):
-        # A dense pass only has to give a starting point: the passes behind it see other activations anyway.
-        fraction = FIRST_PASS_FRACTION if number == 0 else 1.0
-        statistics = {site.key: new_statistics(_names(site.layers), seed=seed) for site in sites}
-        seen: set[str] = set()
-        run_pass(current, fraction, f"SCAP calibration, pass {number + 1}", partial(_visit, statistics, seen))
-        unseen = [site for site in sites if site.key not in seen]
-        if unseen and (number > 0 or len(unseen) == len(sites)):
-            raise SCAPError(_never_reached(unseen, sites))
-        # What the first samples do not reach, others may.
-        reached = [site for site in sites if site.key in seen]
-        solved = {
-            site.key: Thresholding(*statistics[site.key].solve(site.target.mode, site.target.sparsity))
-            for site in reached
-        }
-        drifts = [_drift(statistics[site.key], current[site.key], solved[site.key]) for site in reached]
-        worst = int(np.argmax(drifts))
-        logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], _names(reached[worst].layers))
-        # The correction that the last pass found is taken along, small as it is: it is known, and costs nothing.
-        current = {**current, **solved}
-        if number > 0 and drifts[worst] <= SETTLED:
-            return current
+    groups = list(groups)
+    scales = {group.key: scale for group in groups if (scale := _channel_scale(backend, group)) is not None}
+    current = {group.key: KEEP_ALL for group in groups}
+    modes = dict.fromkeys(current, np.float32(0.0))
+    total = length(samples)
+    with backend.collector(groups, scales) as collector:
+        for number in range(MAX_PASSES):
+            # A dense pass only has to give a starting point: the passes behind it see other activations anyway.
+            limit = None if total is None else max(1, math.ceil(total * (FIRST_PASS_FRACTION if number == 0 else 1.0)))
+            statistics = {
+                group.key: backend.statistics(names_of(group.layers), seed, scales.get(group.key), modes[group.key])
+                for group in groups
+            }
+            seen = _run_pass(collector, current, samples, total, limit, number, statistics)
+            unseen = [group for group in groups if group.key not in seen]
+            if unseen and (number > 0 or len(unseen) == len(groups)):
+                raise SCAPError(never_reached(unseen, groups))
+            if number == 0 and allocation is not None:
+                groups = _allocated(groups, statistics, layers, allocation)
+            # What the first samples do not reach, others may.
+            reached = [group for group in groups if group.key in seen]
+            solved = {
+                group.key: statistics[group.key].solve(group.target.estimator, group.target.sparsity)
+                for group in reached
+            }
+            if number < MODE_PASSES:
+                # With a scale a threshold belongs to the mode that was given: that of the pass before.
+                moved = _moved_modes(reached, statistics, scales, modes)
+            else:
+                moved = False
+            drifts = [_drift(statistics[group.key], current[group.key], solved[group.key]) for group in reached]
+            worst = int(np.argmax(drifts))
+            logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], names_of(reached[worst].layers))
+            # The correction that the last pass found is taken along, small as it is: it is known, and costs nothing.
+            current = {**current, **solved}
+            if number > 0 and drifts[worst] <= SETTLED and not moved:
+                return groups, current
     logger.warning(
         "thresholds did not settle in %d passes: %s still moves by %.3f sparsity; more calibration samples may help",
         MAX_PASSES,
-        _names(reached[worst].layers),
+        names_of(reached[worst].layers),
         drifts[worst],
     )
-    return current
+    return groups, current
 
 
-def _names(layers: Sequence[str]) -> str:
-    """The layers of a site for a message: the keys of cross-attention read one input in every block."""
-    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-    return printable(", ".join(layers[:4]), 1000) + more
+def _run_pass(
+    collector: Collector,
+    criteria: Mapping[str, Criterion],
+    samples: Iterable[Any],
+    total: int | None,
+    limit: int | None,
+    number: int,
+    statistics: Mapping[str, ActivationStatistics],
+) -> set[str]:
+    """Feeds the statistics under the criteria; the keys of the groups that were reached."""
+    seen: set[str] = set()
+
+    def visit(key: str, activations: Any) -> None:
+        if 0 not in activations.shape:
+            seen.add(key)
+        statistics[key].add(activations)
+
+    collector.set(criteria)
+    run = partial(collector.run, visit=visit)
+    if run_over(samples, run, total, f"SCAP calibration, pass {number + 1}", limit) == 0:
+        raise SCAPError("the calibration dataset is empty")
+    return seen
 
 
-def _never_reached(unseen: Sequence[Site], sites: Sequence[Site]) -> str:
-    """Says which part of the model no sample reached, as the vision tower of a model that is calibrated on text."""
-    layers = [path for site in unseen for path in site.layers]
-    others = [path for site in sites if site not in unseen for path in site.layers]
-    first = printable(layers[0])
-    reason = "no activations were seen, the calibration data never reached"
-    if not others:
-        return f"layer {first}: {reason} it; calibrate on data that the model reads, of which not all is padding"
-    part = _part_without(layers, others)
-    if part is not None:
-        flag = shlex.quote(f"^{re.escape(part)}\\.")
-        return (
-            f"layer {first}: {reason} it, nor any other of the {len(layers)} layers to prune in {printable(part)}; "
-            f"leave them dense with --scap-exclude {printable(flag)} (exclude), or calibrate on data that it reads"
+def _moved_modes(
+    groups: Iterable[Group],
+    statistics: Mapping[str, ActivationStatistics],
+    scales: Mapping[str, Any],
+    modes: dict[str, np.float32],
+) -> bool:
+    """Takes over the modes that groups with a scale have now; whether one of them moved."""
+    moved = False
+    for group in groups:
+        if group.key in scales:
+            mode = statistics[group.key].mode(group.target.estimator, group.target.sparsity)
+            moved = moved or mode != modes[group.key]
+            modes[group.key] = mode
+    return moved
+
+
+def _channel_scale(backend: Backend, group: Group) -> "NDArray[np.float32] | None":
+    """The scale per channel that the target asks for; on average the channels keep their thresholds."""
+    if group.target.scale == "none":
+        return None
+    norms = np.asarray(backend.channel_norms(group.layers), dtype=np.float64)
+    if not np.isfinite(norms).all() or not norms.any():
+        raise SCAPError(f"layer {names_of(group.layers)}: its weights are zero or not finite, they give no scale")
+    scale = norms if group.target.scale == "weight_norm" else np.sqrt(norms)
+    return (scale / scale.mean()).astype(np.float32)
+
+
+def _allocated(
+    groups: Sequence[Group],
+    statistics: Mapping[str, ActivationStatistics],
+    layers: Layers | None,
+    allocation: Allocation,
+) -> list[Group]:
+    assert layers is not None
+    shapes = layers.prunable
+    weights = {
+        group.key: sum(shapes[path].in_features * shapes[path].out_features for path in group.layers)
+        for group in groups
+    }
+    sparsities = allocation(groups, statistics, weights)
+    return [
+        Group(
+            group.site,
+            group.layers,
+            Target.model_validate({**group.target.model_dump(), "sparsity": float(sparsities[group.key])}),
         )
-    flags = " ".join(f"--scap-exclude {shlex.quote(f'^{re.escape(path)}$')}" for path in layers[:4])
-    more = f" and so on for {len(layers) - 4} more" if len(layers) > 4 else ""
-    return (
-        f"layer {first}: {reason} it (nor {len(layers) - 1} others); leave such layers dense with "
-        f"{printable(flags, 1000)}{more} (exclude), or calibrate on data that reaches them"
+        for group in groups
+    ]
+
+
+def _all_layers(parts: Iterable[Layers]) -> Layers:
+    parts = list(parts)
+    return Layers(
+        {path: layer for part in parts for path, layer in part.prunable.items()},
+        {path: reason for part in parts for path, reason in part.dense.items()},
+        frozenset().union(*(part.experts for part in parts)),
     )
 
 
-def _part_without(layers: Sequence[str], others: Sequence[str]) -> str | None:
-    """The largest module that holds all of `layers` and none of `others`."""
-    parents = [path.split(".")[:-1] for path in layers]
-    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))]
-    for depth in range(1, len(common) + 1):
-        part = ".".join(common[:depth])
-        if not any(path.startswith(f"{part}.") for path in others):
-            return part
-    return None
-
-
-def _visit(statistics: dict[str, ActivationStatistics], seen: set[str], key: str, activations: Any) -> None:
-    if 0 not in activations.shape:
-        seen.add(key)
-    statistics[key].add(activations)
-
-
-def _drift(statistics: ActivationStatistics, current: Thresholding, solved: Thresholding) -> float:
-    """How far the sparsity of the thresholds in force is from that of the thresholds that fit what was just seen."""
-    return abs(
-        statistics.sparsity(float(current.mode), float(current.threshold))
-        - statistics.sparsity(float(solved.mode), float(solved.threshold))
-    )
-
-
-def check_patterns(paths: Iterable[str], config: SCAPConfig) -> None:
-    """Checks that every include and exclude pattern matches at least one of the module paths.
-
-    Raises:
-        SCAPError: naming the pattern that matches none.
-    """
-    paths = list(paths)
-    for field, patterns in (("include", config.include), ("exclude", config.exclude)):
-        for pattern in patterns:
-            if not any(re.search(pattern, path) for path in paths):
-                raise SCAPError(
-                    f"{field} pattern {printable(pattern)!r} matches no fully connected layer; the model has, for "
-                    f"example, {', '.join(paths[:3]) or 'none'}"
-                )
-
-
-def select_targets(layers: Iterable[tuple[str, Role | None]], config: SCAPConfig) -> dict[str, RoleTarget]:
-    """Which of the layers (module path, role) are to be pruned, and how much."""
-
-    def wanted(path: str) -> bool:
-        included = not config.include or any(re.search(pattern, path) for pattern in config.include)
-        return included and not any(re.search(pattern, path) for pattern in config.exclude)
-
-    targets = {path: config.targets[role] for path, role in layers if role in config.targets and wanted(path)}
-    return {path: target for path, target in targets.items() if target.sparsity > 0}
+def _drift(statistics: ActivationStatistics, current: Criterion, solved: Criterion) -> float:
+    """How far the sparsity of the criterion in force is from that of the one that fits what was just seen."""
+    return abs(statistics.sparsity(current) - statistics.sparsity(solved))

@@ -2,19 +2,25 @@
 
 import re
 import reprlib
+from collections.abc import Iterable
 from itertools import islice
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import SCAPError, first_line, printable
-from .roles import FFN_ROLES, ROLES, Role
+from .roles import FFN_ROLES, ROLES
 
 
-Mode = Literal["zero", "mean", "median", "kde"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+Estimator = Literal["zero", "mean", "median", "kde"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
+ChannelScale = Literal["none", "weight_norm", "sqrt_weight_norm"]
 ApplyTo = Literal["all", "decode"]
+DenseLayers = Literal["fast", "stock", "all"]
+
+# What marks a key of `targets` as a pattern on module paths, as in compressed-tensors.
+PATTERN = "re:"
 
 # Patterns, names and counts are bounded far above anything of use, so that a damaged file is refused, not worked on.
 _LONGEST_PATTERN = 100_000
@@ -34,31 +40,51 @@ Sparsity = Annotated[float, IsNumber, Field(ge=0.0, lt=1.0, allow_inf_nan=False)
 Count = Annotated[int, IsNumber, Field(ge=1, le=_LARGEST_COUNT)]
 
 
-class RoleTarget(BaseModel):
-    """Target of one role: the fraction of input channels to prune per token, in [0, 1), and the mode estimator."""
+class Target(BaseModel):
+    """What is asked of a layer.
+
+    Args:
+        sparsity: the fraction of input channels to prune per token, in [0, 1).
+        estimator: how the mode of the activations is estimated. (Files and callers may say `mode`, its former name.)
+        scale: what a channel's distance from the mode is multiplied by before it is compared: `none`, `weight_norm`
+            (the Euclidean norm of the channel's weights, of all layers that read it, over its mean) or
+            `sqrt_weight_norm` (its square root): a channel with small weights may then be pruned sooner.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sparsity: Sparsity
-    mode: Mode = "zero"
+    estimator: Estimator = Field("zero", validation_alias=AliasChoices("estimator", "mode"))
+    scale: ChannelScale = "none"
+
+    @property
+    def mode(self) -> Estimator:
+        """The former name of `estimator`."""
+        return self.estimator
+
+
+RoleTarget = Target  # its former name
 
 
 class SCAPConfig(BaseModel):
     """What to prune and how to calibrate it.
 
     Args:
-        targets: per role (see `core.roles.ROLES`) the target sparsity and the mode estimator. A bare number
-            stands for mode `zero`. A role with sparsity 0 is left dense.
+        targets: the target sparsity and the estimator of the mode, per role (see `core.roles.ROLES`) or, stronger, per
+            `re:PATTERN`, a regular expression searched in module paths; of several patterns that match the first counts.
+            A bare number stands for the estimator `zero`. A layer with sparsity 0 is left dense.
         include: regular expressions searched in module paths; when given, only layers that one of them matches are
             pruned.
         exclude: regular expressions searched in module paths; layers that one of them matches stay dense.
-        dataset: what to calibrate on when no dataset object is passed: a name that optimum-intel's dataset helper
+        dataset: what to calibrate on when no dataset object is passed: a name that optimum's dataset helper
             knows, a local .txt, .jsonl, .json or .parquet file, or `auto` (text that the model itself generates).
         num_samples: number of calibration samples.
         seq_len: tokens per calibration sample.
         seed: seed of every random choice made during calibration.
         apply_to: `all` prunes every forward; `decode` only those of one token per sequence, and leaves prefill dense,
             where pruning saves no time. Calibration prunes every forward either way.
+        dense_layers: what becomes of layers that are not pruned: `fast` lets our runtimes run them with operations of
+            ours where those are faster, but for layers that the patterns exclude; `all` these too; `stock` none.
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field that is wrong.
@@ -66,7 +92,7 @@ class SCAPConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    targets: dict[Role, RoleTarget] = Field(min_length=1)
+    targets: dict[str, Target] = Field(min_length=1)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dataset: str = "auto"
@@ -74,23 +100,27 @@ class SCAPConfig(BaseModel):
     seq_len: Count = 256
     seed: Annotated[int, IsNumber, Field(ge=0, le=_LARGEST_SEED)] = 42
     apply_to: ApplyTo = "all"
+    dense_layers: DenseLayers = "fast"
 
     @field_validator("targets", mode="before")
     @classmethod
     def _numbers_are_targets(cls, targets: Any) -> Any:
         if not isinstance(targets, dict):
             return targets
-        for role in targets:
-            if role not in ROLES:
-                raise ValueError(f"unknown role {shortened(role)}, choose from {', '.join(ROLES)}")
+        for name in targets:
+            if name not in ROLES and not (isinstance(name, str) and name.startswith(PATTERN)):
+                raise ValueError(
+                    f"unknown role {shortened(name)}, choose from {', '.join(ROLES)}, or give {PATTERN}REGEX"
+                )
         return {
-            role: target if isinstance(target, dict | RoleTarget) else {"sparsity": target}
-            for role, target in targets.items()
+            name: target if isinstance(target, dict | Target) else {"sparsity": target}
+            for name, target in targets.items()
         }
 
     @field_validator("targets")
     @classmethod
-    def _something_to_prune(cls, targets: dict[Role, RoleTarget]) -> dict[Role, RoleTarget]:
+    def _something_to_prune(cls, targets: dict[str, Target]) -> dict[str, Target]:
+        _check_patterns(name.removeprefix(PATTERN) for name in targets if name.startswith(PATTERN))
         if all(target.sparsity == 0 for target in targets.values()):
             raise ValueError("every role has sparsity 0, there is nothing to prune")
         return targets
@@ -98,25 +128,23 @@ class SCAPConfig(BaseModel):
     @field_validator("include", "exclude")
     @classmethod
     def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            if len(pattern) > _LONGEST_PATTERN:
-                raise ValueError(f"a pattern is longer than {_LONGEST_PATTERN} characters")
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(
-                    f"{shortened(pattern)} is not a regular expression: {printable(first_line(error))}"
-                ) from error
+        _check_patterns(patterns)
         return patterns
+
+    def pattern_targets(self) -> dict[str, Target]:
+        """The targets of module paths, by regular expression."""
+        found = {name: target for name, target in self.targets.items() if name.startswith(PATTERN)}
+        return {name.removeprefix(PATTERN): target for name, target in found.items()}
 
     @classmethod
     def from_spec(cls, spec: str, mode: str | None = None, **fields: Any) -> "SCAPConfig":
         """Builds a config from the specification string of the command line.
 
         Args:
-            spec: a number (`0.5`, every FFN role), pairs (`up=0.35,gate=0.35,down=0.55`), or the triplets of the
-                reference implementation (`up,zero,0.35,gate,zero,0.35,down,kde,0.55`).
-            mode: the mode of the roles for which `spec` names none: one mode, or pairs `down=kde,up=zero`.
+            spec: a number (`0.5`, every FFN role), pairs (`up=0.35,gate=0.35,down=0.55`), of which some may be
+                `re:PATTERN=0.2` for layers by module path (patterns without commas), or the triplets of the reference
+                implementation (`up,zero,0.35,gate,zero,0.35,down,kde,0.55`).
+            mode: the estimator of the mode where `spec` names none: one, or pairs `down=kde,up=zero`.
             fields: the other fields of SCAPConfig.
 
         Raises:
@@ -125,13 +153,25 @@ class SCAPConfig(BaseModel):
         targets = _parse_targets(spec)
         modes = _parse_modes(mode, tuple(targets))
         entries = {
-            role: {"sparsity": sparsity, "mode": named_mode or modes.get(role, "zero")}
+            role: {"sparsity": sparsity, "estimator": named_mode or modes.get(role, "zero")}
             for role, (named_mode, sparsity) in targets.items()
         }
         try:
             return cls.model_validate({"targets": entries, **fields})
         except ValidationError as error:
             raise SCAPError(describe_validation_error(error)) from error
+
+
+def _check_patterns(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(f"a pattern is longer than {_LONGEST_PATTERN} characters")
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{shortened(pattern)} is not a regular expression: {printable(first_line(error))}"
+            ) from error
 
 
 def describe_validation_error(error: ValidationError) -> str:
@@ -169,7 +209,8 @@ def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
     if "=" in spec:
         entries: list[tuple[str, str | None, str]] = []
         for part in parts:
-            role, equals, sparsity = (piece.strip() for piece in part.partition("="))
+            # A pattern may hold the sign itself.
+            role, equals, sparsity = (piece.strip() for piece in part.rpartition("="))
             if not equals:
                 raise SCAPError(
                     f"SCAP specification {shortened(spec)}: {shortened(part)} is not of the form role=sparsity"
@@ -185,13 +226,13 @@ def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
 
     targets: dict[str, tuple[str | None, float]] = {}
     for role, mode, sparsity in entries:
-        if role not in ROLES:
+        if role not in ROLES and not role.startswith(PATTERN):
             raise SCAPError(
                 f"SCAP specification {shortened(spec)}: unknown role {shortened(role)}, choose from {', '.join(ROLES)}"
             )
-        if mode is not None and mode not in MODES:
+        if mode is not None and mode not in ESTIMATORS:
             raise SCAPError(
-                f"SCAP specification {shortened(spec)}: unknown mode {shortened(mode)}, choose from {', '.join(MODES)}"
+                f"SCAP specification {shortened(spec)}: unknown mode {shortened(mode)}, choose from {', '.join(ESTIMATORS)}"
             )
         if role in targets:
             raise SCAPError(f"SCAP specification {shortened(spec)}: role {shortened(role)} is given twice")
@@ -212,8 +253,10 @@ def _parse_modes(mode: str | None, roles: tuple[str, ...]) -> dict[str, str]:
         role, equals, name = (piece.strip() for piece in part.partition("="))
         if not equals:
             role, name = "", role
-        if name not in MODES:
-            raise SCAPError(f"mode {shortened(mode)}: unknown mode {shortened(name)}, choose from {', '.join(MODES)}")
+        if name not in ESTIMATORS:
+            raise SCAPError(
+                f"mode {shortened(mode)}: unknown mode {shortened(name)}, choose from {', '.join(ESTIMATORS)}"
+            )
         if role and role not in roles:
             given = ", ".join(roles)
             raise SCAPError(

@@ -1,26 +1,50 @@
-"""SCAPParameters: what a calibration found, per layer, and its files.
+"""SCAPParameters: what a calibration found, per layer. Their files are read and written in `parameter_files`.
 
-Two kinds of file are read: our own JSON, and `calibrated_thresholds.json` of the reference implementation (a mapping
-from module path to module_name, demode_method, mode, threshold, target_sparsity and hook_type).
+Numbers are JSON. Vectors per channel are tensors: beside a JSON file they lie in a safetensors file of the same name,
+in a checkpoint or an IR with the weights.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from ..errors import SCAPError, first_line, printable
-from .config import IsNumber, Mode, RoleTarget, SCAPConfig, Sparsity, describe_validation_error
-from .roles import Role, find_role
+from ..errors import SCAPError, printable
+from .config import (
+    ApplyTo,
+    DenseLayers,
+    Estimator,
+    IsNumber,
+    SCAPConfig,
+    Sparsity,
+    Target,
+)
+from .criterion import Criterion
+from .roles import Role
+from .sites import Site, sites_by_name
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 # The name of the method in the quantization_config of a checkpoint.
 QUANT_METHOD = "scap"
+
+# scale: the criterion's factor per input channel, `[in_features]`; bias_correction: what is added to the layer's
+# output, `[out_features]`. Both float32.
+TensorName = Literal["scale", "bias_correction"]
 
 
 def _representable(value: float) -> float:
@@ -30,212 +54,205 @@ def _representable(value: float) -> float:
 
 
 Float32 = Annotated[float, IsNumber, AfterValidator(_representable)]
-# No file of parameters comes near: a thousand layers are 200 KB.
-_LARGEST_FILE = 2**28
 
 
 class LayerParameters(BaseModel):
-    """What SCAP needs to know about one fully connected layer.
+    """What SCAP needs to know about one fully connected layer, see `core.criterion`.
 
-    `keep_i = |x_i - mode| > threshold` in float32; `mode` and `threshold` are float32 values.
+    Args:
+        role: what the layer does in its block; None if that is not known.
+        estimator: how the mode was estimated. (Files may say `method`, its former name.)
+        target_sparsity: what was asked for.
+        mode, threshold: float32 values of the criterion.
+        tensors: the names of the vectors that belong to the layer, see `SCAPParameters.tensor`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Role
-    method: Mode
+    role: Role | None = None
+    estimator: Estimator = Field(validation_alias=AliasChoices("estimator", "method"))
     target_sparsity: Sparsity
     mode: Float32
     threshold: Annotated[Float32, Field(ge=0.0)]
+    tensors: tuple[TensorName, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if not content["tensors"]:
+            del content["tensors"]
+        return content
+
+    @property
+    def method(self) -> Estimator:
+        """The former name of `estimator`."""
+        return self.estimator
+
+    @classmethod
+    def of(cls, criterion: Criterion, role: Role | None, target: Target) -> "LayerParameters":
+        """The parameters of a layer, without its tensors."""
+        return cls(
+            role=role,
+            estimator=target.estimator,
+            target_sparsity=target.sparsity,
+            mode=float(criterion.mode),
+            threshold=float(criterion.threshold),
+        )
+
+
+class _Tensors(dict[tuple[str, str], "NDArray[np.float32]"]):
+    """Vectors by path and name, which can be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict) or self.keys() != other.keys():
+            return False
+        return all(np.array_equal(value, other[key]) for key, value in self.items())
+
+    __hash__ = None
 
 
 class SCAPParameters(BaseModel):
-    """The result of a calibration: the config it was made with, and the parameters per module path."""
+    """The result of a calibration.
+
+    Args:
+        version: of the package that made it.
+        config: what was asked for, with the data that were used; kept as a record, nothing reads it again.
+        apply_to, dense_layers: how the model is run, see SCAPConfig.
+        sites: the layers that read one input, by module path; those that the user's patterns exclude are left out.
+            None in files of earlier versions.
+        layers: the parameters per module path.
+        quantization_config: the `quantization_config` of the checkpoint below, as it was, if its weights are quantized
+            by a method of their own; None for float weights.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     version: str = Field(max_length=100)
     config: SCAPConfig
+    apply_to: ApplyTo = "all"
+    dense_layers: DenseLayers = "fast"
+    sites: tuple[tuple[str, ...], ...] | None = None
     layers: dict[str, LayerParameters] = Field(min_length=1)
+    quantization_config: dict[str, Any] | None = None
 
+    _tensors: _Tensors = PrivateAttr(default_factory=_Tensors)
 
-class _ReferenceLayer(BaseModel):
-    """One entry of the reference's calibrated_thresholds.json. A pre-hook prunes what enters the module."""
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_earlier_versions(cls, content: Any) -> Any:
+        """Earlier versions kept them in the config alone."""
+        if not isinstance(content, dict):
+            return content
+        config = content.get("config")
+        config = config if isinstance(config, dict) else config.model_dump() if isinstance(config, SCAPConfig) else {}
+        options = {name: config[name] for name in ("apply_to", "dense_layers") if name in config}
+        return {**options, **content}
 
-    module_name: str
-    demode_method: Mode
-    mode: Float32
-    threshold: Annotated[Float32, Field(ge=0.0)]
-    target_sparsity: Sparsity
-    hook_type: Literal["pre_hook"] = "pre_hook"
+    def found_sites(self) -> list[Site]:
+        """The sites: those that were found, or what the names of the pruned layers tell."""
+        if self.sites is None:
+            return sites_by_name(self.layers)
+        return [Site(paths) for paths in self.sites if paths]
 
+    def criterion(self, path: str) -> Criterion:
+        """The criterion of the layer at `path`.
 
-def load_parameters(path: str | Path) -> SCAPParameters:
-    """Reads the parameters of a model from a JSON file.
+        Raises:
+            SCAPError: if its scale is missing.
+        """
+        layer = self.layers[path]
+        scale = self.tensor(path, "scale")
+        return Criterion(np.float32(layer.mode), np.float32(layer.threshold), scale)
 
-    Args:
-        path: a file that `save_parameters` wrote, or the reference implementation's `calibrated_thresholds.json`.
+    def tensor(self, path: str, name: TensorName) -> "NDArray[np.float32] | None":
+        """A vector of the layer at `path`; None if it has none of this name.
 
-    Raises:
-        SCAPError: naming the file, the layer and the field that is wrong.
-    """
-    path = Path(path)
-    source = f"SCAP parameters {printable(str(path), 1000)}"
-    content = _read_json(path, source)
-    if not isinstance(content, dict) or not content:
-        raise SCAPError(f"{source}: expected a JSON object with an entry per layer")
-    _refuse_repeated_names(content, source)
-    try:
-        if "layers" in content:
-            return SCAPParameters.model_validate(content)
-        if not any(
-            find_role(name) or isinstance(entry, dict) and "threshold" in entry for name, entry in content.items()
-        ):
-            raise SCAPError("this is neither what scap info --json writes nor a calibrated_thresholds.json")
-        return _from_reference(content, path)
-    except ValidationError as error:
-        raise SCAPError(f"{source}: {describe_validation_error(error)}") from error
-    except SCAPError as error:
-        raise SCAPError(f"{source}: {error}") from error
+        Raises:
+            SCAPError: if it should have one that is not there.
+        """
+        if name not in self.layers[path].tensors:
+            return None
+        found = self._tensors.get((path, name))
+        if found is None:
+            raise SCAPError(f"layer {printable(path)}: its {name} is missing from the SCAP parameters")
+        return found
 
+    def with_tensor(self, path: str, name: TensorName, value: Any) -> "SCAPParameters":
+        """These parameters with a vector for the layer at `path`: a `scale` or a `bias_correction`.
 
-def checkpoint_parameters(folder: Path) -> SCAPParameters | None:
-    """The SCAP parameters in the config.json of a model folder, None if it is there and holds none.
+        Args:
+            path: the module path of a pruned layer.
+            name: which vector.
+            value: `[in_features]` or `[out_features]`, finite; a scale not negative.
 
-    Raises:
-        SCAPError: if config.json cannot be read or its parameters are damaged.
-    """
-    path = folder / "config.json"
-    source = printable(str(path), 1000)
-    content = _read_json(path, source)
-    found = content.get("quantization_config") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
-        return None
-    return parameters_from_quantization_config(found, source)
-
-
-def parameters_from_quantization_config(fields: dict[str, Any], source: str) -> SCAPParameters:
-    """The SCAP parameters in the `quantization_config` of a checkpoint; `source` says in errors where it is from.
-
-    Raises:
-        SCAPError: naming the field that is wrong.
-    """
-    _refuse_repeated_names(fields, source)
-    try:
-        return SCAPParameters.model_validate({name: value for name, value in fields.items() if name != "quant_method"})
-    except ValidationError as error:
-        raise SCAPError(f"{source}: damaged SCAP parameters: {describe_validation_error(error)}") from error
-
-
-def parameters_from_json(text: str, source: str) -> SCAPParameters:
-    """The SCAP parameters that an IR carries; `source` says in errors where they are from.
-
-    Raises:
-        SCAPError: naming the field that is wrong.
-    """
-    content = _parse_json(text, source)
-    _refuse_repeated_names(content, source)
-    try:
-        return SCAPParameters.model_validate(content)
-    except ValidationError as error:
-        raise SCAPError(f"{source} are damaged: {describe_validation_error(error)}") from error
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that remembers a name which it held twice."""
-
-    repeated: str | None = None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> _Object:
-    found = _Object(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        found.repeated = next(name for number, name in enumerate(names) if name in names[:number])
-    return found
-
-
-def _read_json(path: Path, source: str) -> Any:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        raise SCAPError(f"{source} cannot be read: {printable(first_line(error))}") from error
-    if len(content) > _LARGEST_FILE:
-        raise SCAPError(f"{source} cannot be read: it is larger than {_LARGEST_FILE // 2**20} MiB")
-    try:
-        return _parse_json(content.decode("utf-8-sig"), source)
-    except UnicodeDecodeError as error:
-        raise SCAPError(f"{source} cannot be read: {first_line(error)}") from error
-
-
-def _parse_json(text: str, source: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise SCAPError(f"{source} cannot be read: {first_line(error)}") from error
-
-
-def _refuse_repeated_names(content: Any, source: str) -> None:
-    """JSON leaves open which of two values of one name counts: neither is to prune a model."""
-    pending = [("", content)]
-    while pending:
-        place, value = pending.pop()
-        if isinstance(value, _Object) and value.repeated is not None:
-            raise SCAPError(f"{source}: {printable(place + value.repeated)} is given twice")
-        if isinstance(value, dict):
-            pending += [(f"{place}{name}.", entry) for name, entry in value.items() if isinstance(entry, dict | list)]
-        elif isinstance(value, list):
-            pending += [(f"{place}{index}.", entry) for index, entry in enumerate(value)]
-
-
-def save_parameters(parameters: SCAPParameters, path: str | Path) -> None:
-    """Writes `parameters` as JSON; the file appears complete or not at all.
-
-    Raises:
-        SCAPError: naming the file, if it cannot be written.
-    """
-    path = Path(path)
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(parameters.model_dump_json(indent=2) + "\n")
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        where = printable(str(path), 1000)
-        raise SCAPError(f"SCAP parameters cannot be written to {where}: {printable(first_line(error))}") from error
-
-
-def merge_parameters(parts: Iterable[SCAPParameters]) -> SCAPParameters:
-    """The parameters of all `parts` (at least one) of a model as one."""
-    first, *others = parts
-    layers = dict(first.layers)
-    for part in others:
-        layers.update(part.layers)
-    return first.model_copy(update={"layers": layers})
-
-
-def _from_reference(content: dict[str, Any], path: Path) -> SCAPParameters:
-    layers: dict[str, LayerParameters] = {}
-    for name, entry in content.items():
-        role = find_role(name)
-        if role is None:
-            raise SCAPError(f"layer {printable(name)}: no role is known for a module of this name")
-        try:
-            found = _ReferenceLayer.model_validate(entry)
-        except ValidationError as error:
-            raise SCAPError(f"layer {printable(name)}: {describe_validation_error(error)}") from error
-        layers[name] = LayerParameters(
-            role=role,
-            method=found.demode_method,
-            target_sparsity=found.target_sparsity,
-            mode=found.mode,
-            threshold=found.threshold,
+        Raises:
+            SCAPError: if the layer is not pruned, or the values are no such vector.
+        """
+        layer = self.layers.get(path)
+        if layer is None:
+            raise SCAPError(f"layer {printable(path)} is not pruned: it can have no {name}")
+        with np.errstate(over="ignore"):
+            vector = np.array(value, dtype=np.float32)
+        if vector.ndim != 1 or vector.size == 0 or not np.isfinite(vector).all():
+            raise SCAPError(f"layer {printable(path)}: its {name} is no vector of finite float32 values")
+        if name == "scale" and (vector < 0).any():
+            raise SCAPError(f"layer {printable(path)}: its scale has negative values")
+        vector.flags.writeable = False
+        names = (*(other for other in layer.tensors if other != name), name)
+        changed = self.model_copy(
+            update={"layers": {**self.layers, path: layer.model_copy(update={"tensors": tuple(sorted(names))})}}
         )
-    targets = {layer.role: RoleTarget(sparsity=layer.target_sparsity, mode=layer.method) for layer in layers.values()}
-    config = SCAPConfig(targets=targets, dataset=path.name)
-    return SCAPParameters(version="reference", config=config, layers=layers)
+        changed._tensors = _Tensors({**self._tensors, (path, name): vector})
+        return changed
+
+    def named_tensors(self) -> dict[str, "NDArray[np.float32]"]:
+        """All vectors, by `PATH.scap_NAME`: the names that they have in a checkpoint."""
+        return {f"{path}.scap_{name}": value for (path, name), value in self._tensors.items()}
+
+    def with_named_tensors(self, tensors: "Mapping[str, NDArray[np.float32]]") -> "SCAPParameters":
+        """These parameters with the vectors that their layers say they have, from `named_tensors` or a checkpoint.
+
+        Raises:
+            SCAPError: if one is missing or is no such vector.
+        """
+        found = self
+        for path, layer in self.layers.items():
+            for name in layer.tensors:
+                key = f"{path}.scap_{name}"
+                if key not in tensors:
+                    raise SCAPError(f"layer {printable(path)}: its {name} is missing from the SCAP parameters")
+                found = found.with_tensor(path, name, tensors[key])
+        return found
+
+    def only(self, paths: Iterable[str]) -> "SCAPParameters":
+        """The parameters of a part of the layers."""
+        kept = set(paths)
+        part = self.model_copy(update={"layers": {path: layer for path, layer in self.layers.items() if path in kept}})
+        part._tensors = _Tensors({key: value for key, value in self._tensors.items() if key[0] in kept})
+        return part
+
+    def renamed(self, names: Mapping[str, str]) -> "SCAPParameters":
+        """The same parameters for a model in which layers have other module paths."""
+        sites = self.sites and tuple(tuple(names.get(path, path) for path in site) for site in self.sites)
+        changed = self.model_copy(
+            update={"layers": {names.get(path, path): layer for path, layer in self.layers.items()}, "sites": sites}
+        )
+        changed._tensors = _Tensors(
+            {(names.get(path, path), name): value for (path, name), value in self._tensors.items()}
+        )
+        return changed
+
+    @classmethod
+    def merged(cls, parts: "Iterable[SCAPParameters]") -> "SCAPParameters":
+        """The parameters of all `parts` (at least one) of a model as one."""
+        first, *others = parts
+        layers, tensors = dict(first.layers), _Tensors(first._tensors)
+        sites = list(first.sites or ())
+        for part in others:
+            layers.update(part.layers)
+            tensors.update(part._tensors)
+            sites += [site for site in part.sites or () if site not in sites]
+        all_have_sites = all(part.sites is not None for part in (first, *others))
+        merged = first.model_copy(update={"layers": layers, "sites": tuple(sites) if all_have_sites else None})
+        merged._tensors = tensors
+        return merged

@@ -3,6 +3,7 @@
 SCAP (arXiv 2412.07174, section 3) needs two numbers per layer: the mode m of the input activations, and the
 threshold t, the quantile of |x - m| at the target sparsity. Both are taken from one quantile sketch of the signed
 activations, so that one pass over the data serves every mode and every sparsity, and memory does not grow with it.
+With a scale per channel the threshold is a quantile of s |x - m|, which has a sketch of its own, for one m.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import SCAPError
-from .config import Mode
+from .config import Estimator
+from .criterion import Criterion
 
 
 if TYPE_CHECKING:
@@ -83,28 +85,37 @@ class QuantileSketch:
 
 def weighted_quantile(values: "NDArray[np.float32]", weights: "NDArray[np.float64]", fraction: float) -> np.float32:
     """The smallest of `values` (1-D) such that values <= it hold at least `fraction` of the total weight."""
-    order = np.argsort(values, kind="stable")
-    cumulative = np.cumsum(weights[order])
-    index = int(np.searchsorted(cumulative, fraction * cumulative[-1], side="left"))
-    return np.float32(values[order[min(index, values.size - 1)]])
+    return np.float32(np.quantile(values, fraction, weights=weights, method="inverted_cdf"))
 
 
 class ActivationStatistics:
-    """Statistics of the input of one layer, fed batch by batch.
+    """Statistics of the input of one layer, or of several that read it, fed batch by batch.
 
     Args:
         name: name of the layer, for error messages.
-        seed: seed of the sketch.
+        seed: seed of the sketches.
+        scale: the criterion's scale per channel, float32 `[in_features]`, or None.
+        mode: with a scale, the mode for which a threshold is looked for.
     """
 
-    def __init__(self, name: str, seed: int = 0) -> None:
+    sketch: type[QuantileSketch] = QuantileSketch
+
+    def __init__(
+        self,
+        name: str,
+        seed: int = 0,
+        scale: "NDArray[np.float32] | None" = None,
+        mode: np.float32 = np.float32(0.0),  # noqa: B008  an immutable number
+    ) -> None:
         self.name = name
-        self._sketch = QuantileSketch(seed=seed)
+        self._criterion = Criterion(mode, np.float32(0.0), scale)
+        self._sketch = self.sketch(seed=seed)
+        self._scores = None if scale is None else self.sketch(seed=seed)
         self._sum = 0.0
         self._largest = 0.0
 
     def add(self, activations: "NDArray[np.float32]") -> None:
-        """Adds the activations of one batch (float32, any shape).
+        """Adds the activations of one batch (float32, `[..., in_features]`).
 
         Raises:
             SCAPError: naming the layer, if a value is NaN or infinite.
@@ -117,9 +128,13 @@ class ActivationStatistics:
         self._largest = max(self._largest, largest)
         self._sum += float(activations.sum(dtype=np.float64))
         self._sketch.add(activations)
+        if self._scores is not None:
+            self._scores.add(self._criterion.scores(activations))
 
-    def solve(self, method: Mode, sparsity: float) -> tuple[np.float32, np.float32]:
-        """(mode, threshold) in float32 such that the fraction `sparsity` of the values has |x - mode| <= threshold.
+    def solve(self, estimator: Estimator, sparsity: float) -> Criterion:
+        """The criterion that prunes the fraction `sparsity` of the values.
+
+        Without a scale for the mode that `estimator` gives, with one for the mode that was given.
 
         Raises:
             SCAPError: naming the layer, if nothing was added or every value was zero.
@@ -131,14 +146,25 @@ class ActivationStatistics:
                 f"layer {self.name}: all of its input activations are zero on the calibration data, so no threshold "
                 "can be found; exclude the layer or calibrate on other data"
             )
+        if self._scores is not None:
+            threshold = weighted_quantile(*self._scores.weighted_values(), sparsity)
+            return Criterion(self._criterion.mode, threshold, self._criterion.scale)
         values, weights = self._sketch.weighted_values()
-        mode = self._mode(method, sparsity, values, weights)
-        return mode, weighted_quantile(np.abs(values - mode), weights, sparsity)
+        mode = self._mode(estimator, sparsity, values, weights)
+        return Criterion(mode, weighted_quantile(np.abs(values - mode), weights, sparsity))
 
-    def sparsity(self, mode: float, threshold: float) -> float:
-        """The fraction of the values that (mode, threshold) prunes, |x - mode| <= threshold in float32."""
-        values, weights = self._sketch.weighted_values()
-        pruned = np.abs(values - np.float32(mode)) <= np.float32(threshold)
+    def mode(self, estimator: Estimator, sparsity: float) -> np.float32:
+        """The mode of the values."""
+        return self._mode(estimator, sparsity, *self._sketch.weighted_values())
+
+    def sparsity(self, criterion: Criterion) -> float:
+        """The fraction of the values that `criterion` prunes; with a scale, for the mode that was given."""
+        if self._scores is not None:
+            scores, weights = self._scores.weighted_values()
+            pruned = scores <= criterion.threshold
+        else:
+            values, weights = self._sketch.weighted_values()
+            pruned = criterion.prunes(values)
         return float(weights[pruned].sum() / weights.sum())
 
     def _check_finite(self, largest: float) -> None:
@@ -149,13 +175,13 @@ class ActivationStatistics:
             )
 
     def _mode(
-        self, method: Mode, sparsity: float, values: "NDArray[np.float32]", weights: "NDArray[np.float64]"
+        self, estimator: Estimator, sparsity: float, values: "NDArray[np.float32]", weights: "NDArray[np.float64]"
     ) -> np.float32:
-        if method == "zero":
+        if estimator == "zero":
             return np.float32(0.0)
-        if method == "mean":
+        if estimator == "mean":
             return np.float32(self._sum / self._sketch.count)
-        if method == "median":
+        if estimator == "median":
             return weighted_quantile(values, weights, 0.5)
         return _kde_mode(sparsity, values, weights)
 

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,27 +261,19 @@ def token_windows(
     return cut_into_windows(documents, tokenizer, num_samples, seq_len, source)
 
 
-def check_dataset_name(name: str) -> None:
-    """Checks that `name` is `auto`, an existing file, or a name that optimum-intel's dataset helper knows.
+def check_dataset_name(name: str, known: Collection[str]) -> None:
+    """Checks that `name` is `auto`, an existing file, or one of the data sets `known` by name.
 
     Raises:
         SCAPError: otherwise, listing what can be used.
     """
     if is_text_file(name):
         check_text_file(name)
-    elif name != "auto":
-        try:
-            from ..openvino.dataset import KNOWN_DATASETS
-        except ImportError as error:
-            raise SCAPError(
-                f"dataset {printable(name)!r} is not a file, and datasets by name need optimum-intel: pip install "
-                '"optimum-scap[openvino]", or use auto, a .txt, .jsonl, .json or .parquet file'
-            ) from error
-        if name.partition(":")[0] not in KNOWN_DATASETS:
-            raise SCAPError(
-                f"dataset {printable(name)!r} is neither a file nor a name that optimum-intel knows; use auto, a "
-                f".txt, .jsonl, .json or .parquet file, or one of {', '.join(KNOWN_DATASETS)}"
-            )
+    elif name != "auto" and name.partition(":")[0] not in known:
+        raise SCAPError(
+            f"dataset {printable(name)!r} is neither a file nor a name that optimum knows; use auto, a "
+            f".txt, .jsonl, .json or .parquet file, or one of {', '.join(known)}"
+        )
 
 
 def generated_samples(model: Any, tokenizer: Any, config: SCAPConfig) -> list[dict[str, list[int]]]:

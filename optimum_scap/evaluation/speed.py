@@ -92,7 +92,7 @@ def load(folder: Path, fast: bool, **options: Any) -> Any:
     """
     import optimum.intel
 
-    from ..openvino.folder import check_folder
+    from ..openvino.files import check_folder
     from ..openvino.modeling import OVModelForCausalLM
     from ..openvino.optimum_intel import quiet_offline_guess
     from ..tasks import infer_task

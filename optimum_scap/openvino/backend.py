@@ -1,168 +1,96 @@
-"""SCAP on an `ov.Model`: collect statistics on the IR itself, insert the threshold operations, keep the parameters."""
+"""SCAP on an `ov.Model`: what `core.backend` asks for, and what is asked about sparse models."""
 
-import logging
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
-from openvino import opset13 as opset
 
-from .. import __version__
-from ..core.calibration import (
-    Site,
-    Thresholding,
-    Visit,
-    calibrate,
-    check_patterns,
-    select_targets,
-)
-from ..core.config import RoleTarget, SCAPConfig
-from ..core.measuring import SkippedChannels
-from ..core.parameters import LayerParameters, SCAPParameters, parameters_from_json
-from ..core.roles import ROLES, module_path
-from ..data.padding import Padding
+from ..core import backend as core
+from ..core.parameter_files import parameters_from_json
+from ..core.parameters import SCAPParameters
+from ..core.roles import module_path
+from ..core.sites import Layer, Layers, Site, match_paths
+from ..core.targets import Group
 from ..errors import SCAPError, printable
-from ..progress import length, run_over
-from .graph import FullyConnected, find_fully_connected
-from .inference import Runner, model_with_outputs
-from .threshold_ops import ThresholdOps, find_threshold_ops, insert_adjustable_ops, insert_threshold_ops
+from .collect import OpenVINOCollector, OpenVINOCounter
+from .graph import FullyConnected, evaluate_weights, group_by_input, named_layers
+from .threshold_ops import add_bias_correction, find_threshold_ops, insert_threshold_ops, read_tensors
 
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+__all__ = ["OpenVINOBackend", "measure_sparsity", "read_parameters"]
 
 _RT_INFO = ["optimum_scap", "parameters"]
 
 
-def sparsify_models(
-    models: Mapping[str, ov.Model], config: SCAPConfig, samples: Mapping[str, Iterable[Any]]
-) -> SCAPParameters:
-    """Calibrates SCAP on one or several models that work together and inserts the threshold operations in place.
+class OpenVINOBackend(core.Backend):
+    """One `ov.Model`, uncompressed or with weights compressed by NNCF.
 
     Args:
-        models: the models by name, uncompressed or with weights compressed by NNCF (an encoder-decoder has two). None
-            of them is touched until all are calibrated.
-        config: what to prune.
-        samples: inputs per model name (dicts by input name, or the inputs in order); iterated several times. A model
-            without samples stays dense.
-
-    Returns:
-        The parameters of all pruned layers. Every changed model carries its own, see `read_parameters`.
-
-    Raises:
-        SCAPError: if a model is sparse already, nothing matches the config, or calibration is impossible.
+        model: the model.
+        name: what it is called among the models that work together, for messages.
     """
-    layers = check_models(models, config)
-    found: dict[str, dict[Site, Thresholding]] = {}
-    for name, model in models.items():
-        sites = _sites(layers[name], config)
-        if sites and name in samples:
-            thresholdings = calibrate(sites, _Collector(model, sites, samples[name]), config.seed)
-            found[name] = {site: thresholdings[site.key] for site in sites}
-    if not found:
-        raise SCAPError("the calibration dataset has no samples for any model that holds layers to prune")
 
-    everything: dict[str, LayerParameters] = {}
-    for name, thresholds in found.items():
-        own = _parameters(layers[name], thresholds)
-        everything.update(own)
-        _insert(models[name], layers[name], SCAPParameters(version=__version__, config=config, layers=own))
-    return SCAPParameters(version=__version__, config=config, layers=everything)
+    def __init__(self, model: ov.Model, name: str = "model") -> None:
+        self._model = model
+        self._name = name
 
+    def layers(self) -> Layers:
+        self._check_is_dense()
+        named = named_layers(self._model)
+        prunable = {
+            path: Layer(path, layer.role, layer.in_features, layer.out_features) for path, layer in named.items()
+        }
+        experts = _experts(self._model, named)
+        return Layers(prunable, experts, frozenset(experts))
 
-def apply_parameters(models: Mapping[str, ov.Model], parameters: SCAPParameters) -> None:
-    """Inserts the threshold operations for parameters that are known, without calibration, in place.
+    def find_sites(self, layers: Layers, samples: Iterable[Any]) -> list[Site]:
+        groups = group_by_input(named_layers(self._model).values())
+        return [Site(tuple(layer.path for layer in group)) for group in groups]
 
-    Raises:
-        SCAPError: if a model is sparse already or none of them has a layer that `parameters` name; nothing is changed.
-    """
-    layers = _layers_of_dense_models(models)
-    missing = [path for path in parameters.layers if not any(path in named for named in layers.values())]
-    if missing:
-        known = next(iter(next(named for named in layers.values() if named)))
-        raise SCAPError(
-            f"layer {printable(missing[0])} does not exist in the model (nor do {len(missing) - 1} others of "
-            f"{len(parameters.layers)}); the model has, for example, {known}"
-        )
-    for name, named in layers.items():
-        own = {path: layer for path, layer in parameters.layers.items() if path in named}
-        if own:
-            _insert(models[name], named, parameters.model_copy(update={"layers": own}))
+    def channel_norms(self, paths: Sequence[str]) -> "NDArray[np.float32]":
+        named = named_layers(self._model)
+        squares = sum(np.square(evaluate_weights(named[path]), dtype=np.float64).sum(axis=0) for path in paths)
+        return np.sqrt(squares).astype(np.float32)
 
+    def collector(self, groups: Sequence[Group], scales: "Mapping[str, NDArray[np.float32]]") -> OpenVINOCollector:
+        return OpenVINOCollector(self._model, groups, scales)
 
-def _insert(model: ov.Model, layers: Mapping[str, FullyConnected], parameters: SCAPParameters) -> None:
-    """Layers that read the same activations with the same mode and threshold share the operations."""
-    shared: dict[tuple[str, int, float, float], list[FullyConnected]] = {}
-    for path, layer in parameters.layers.items():
-        source = layers[path].node.input_value(0)
-        key = (source.get_node().get_name(), source.get_index(), layer.mode, layer.threshold)
-        shared.setdefault(key, []).append(layers[path])
-    for (_, _, mode, threshold), group in shared.items():
-        thresholding = Thresholding(np.float32(mode), np.float32(threshold))
-        insert_threshold_ops(group, thresholding, decode_only=parameters.config.apply_to == "decode")
-    model.validate_nodes_and_infer_types()
-    model.set_rt_info(parameters.model_dump_json(), _RT_INFO)
+    def apply(self, parameters: SCAPParameters) -> None:
+        self._check_is_dense()
+        named = named_layers(self._model)
+        names = match_paths(parameters.layers, named)
+        if not named:
+            raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
+        core.check_all_exist(names, list(named))
+        parameters = parameters.renamed({path: name for path, name in names.items() if name is not None})
+        for path in parameters.layers:
+            _check_fits(named[path], parameters)
+        # Layers that read the same activations by the same criterion share the operations.
+        for site in group_by_input(named[path] for path in parameters.layers):
+            shared: dict[Any, list[FullyConnected]] = {}
+            for layer in site:
+                shared.setdefault(parameters.criterion(layer.path).key, []).append(layer)
+            for group in shared.values():
+                criterion = parameters.criterion(group[0].path)
+                insert_threshold_ops(group, criterion, decode_only=parameters.apply_to == "decode")
+                for layer in group:
+                    correction = parameters.tensor(layer.path, "bias_correction")
+                    if correction is not None:
+                        add_bias_correction(layer, correction)
+        self._model.validate_nodes_and_infer_types()
+        self._model.set_rt_info(parameters.model_dump_json(), _RT_INFO)
 
+    def _check_is_dense(self) -> None:
+        if self._model.has_rt_info(_RT_INFO) or find_threshold_ops(self._model):
+            raise SCAPError(f"{self._name} already holds SCAP threshold operations; start from the model without them")
 
-def check_models(models: Mapping[str, ov.Model], config: SCAPConfig) -> dict[str, dict[str, FullyConnected]]:
-    """Checks, before any calibration data is made, that `config` can be applied to `models`.
-
-    Returns:
-        The fully connected layers by module path, per model.
-
-    Raises:
-        SCAPError: if a model is sparse already, or nothing in any of them matches the config.
-    """
-    layers = _layers_of_dense_models(models)
-    everything = {path: layer for named in layers.values() for path, layer in named.items()}
-    check_patterns(everything, config)
-    present = {layer.role for layer in everything.values() if layer.role}
-    has_experts = any(
-        ".experts" in node.get_friendly_name() and module_path(node.get_friendly_name()) not in everything
-        for model in models.values()
-        for node in model.get_ops()
-        if node.get_type_name() == "MatMul"
-    )
-    if not select_targets([(path, layer.role) for path, layer in everything.items()], config):
-        raise SCAPError(
-            f"no fully connected layer is left to prune: the targets name {', '.join(config.targets)}, the model has "
-            f"{', '.join(role for role in ROLES if role in present) or 'no layer of a known role'}"
-            f"{'; experts of a mixture-of-experts model are not pruned yet' if has_experts else ''}"
-        )
-    if has_experts:
-        logger.warning("The experts of this mixture-of-experts model stay dense: they are not pruned yet")
-    for role in config.targets:
-        if role not in present:
-            logger.info("the model has no layer of role %s", role)
-    return layers
-
-
-def _layers_of_dense_models(models: Mapping[str, ov.Model]) -> dict[str, dict[str, FullyConnected]]:
-    for name, model in models.items():
-        if model.has_rt_info(_RT_INFO) or find_threshold_ops(model):
-            raise SCAPError(f"{name} already holds SCAP threshold operations; start from the model without them")
-    layers = {name: {layer.path: layer for layer in named_layers(model)} for name, model in models.items()}
-    if not any(layers.values()):
-        raise SCAPError("the model has no fully connected layer (a MatMul with constant 2-D weights) to prune")
-    return layers
-
-
-def _parameters(
-    layers: Mapping[str, FullyConnected], thresholds: Mapping[Site, Thresholding]
-) -> dict[str, LayerParameters]:
-    by_path = {path: (site, thresholding) for site, thresholding in thresholds.items() for path in site.layers}
-    return {
-        path: LayerParameters(
-            role=layer.role,
-            method=by_path[path][0].target.mode,
-            target_sparsity=by_path[path][0].target.sparsity,
-            mode=float(by_path[path][1].mode),
-            threshold=float(by_path[path][1].threshold),
-        )
-        for path, layer in layers.items()
-        if path in by_path and layer.role is not None
-    }
+    def counter(self) -> OpenVINOCounter | None:
+        return OpenVINOCounter(self._model) if find_threshold_ops(self._model) else None
 
 
 def read_parameters(model: ov.Model) -> SCAPParameters | None:
@@ -173,110 +101,39 @@ def read_parameters(model: ov.Model) -> SCAPParameters | None:
     """
     if not model.has_rt_info(_RT_INFO):
         return None
-    return parameters_from_json(model.get_rt_info(_RT_INFO).astype(str), "the model's SCAP parameters")
+    found = parameters_from_json(model.get_rt_info(_RT_INFO).astype(str), "the model's SCAP parameters")
+    has_tensors = any(layer.tensors for layer in found.layers.values())
+    return found.with_named_tensors(read_tensors(model)) if has_tensors else found
 
 
 def measure_sparsity(model: ov.Model, samples: Iterable[Any], total: int | None = None) -> dict[str, float]:
-    """The fraction of input channels that each pruned layer of `model` skips on `samples`, per module path.
-
-    Every token counts alike, padding not at all; a layer that no token reaches is left out. Of a layer that is pruned
-    in decode only, the fraction that decoding the same tokens one by one would prune.
-
-    Raises:
-        SCAPError: if there are no samples, or the model cannot run on one.
-    """
-    ops = find_threshold_ops(clone := model.clone())
-    if not ops:
-        return {}
-    run = Runner(model_with_outputs(clone, [_pruned_by_token(match) for match in ops]))
-    skipped = SkippedChannels()
-
-    def measure(sample: Any) -> None:
-        inputs = run.inputs_by_name(sample)
-        padding = Padding(inputs)
-        for match, by_token in zip(ops, run(inputs), strict=True):
-            rows = padding.kept_rows(match.layer.path, (*by_token.shape, match.layer.in_features))
-            values = by_token.reshape(-1) if rows is None else by_token.reshape(-1)[rows]
-            skipped.add(match.layer.path, float(values.sum(dtype=np.float64)), values.size)
-
-    if run_over(samples, measure, total, "Sparsity") == 0:
-        raise SCAPError("the dataset to measure sparsity on is empty")
-    return skipped.fractions()
+    """The fraction of input channels that each pruned layer of `model` skips; see `core.backend.measure_sparsity`."""
+    return core.measure_sparsity(OpenVINOBackend(model), samples, total)
 
 
-def _pruned_by_token(match: ThresholdOps) -> ov.Output:
-    """The fraction of input channels that is pruned of each token: `[...]` for activations `[..., channels]`."""
-    magnitude = match.mask.get_node().input_value(0)
-    pruned = opset.convert(opset.less_equal(magnitude, opset.constant(np.float32(match.threshold))), "f32")
-    return opset.reduce_mean(pruned, opset.constant(np.array([-1], dtype=np.int64))).output(0)
+def _experts(model: ov.Model, named: Mapping[str, FullyConnected]) -> dict[str, str]:
+    """Why the experts of a mixture-of-experts model stay dense, by module path."""
+    reason = "experts of a mixture-of-experts model are not pruned yet"
+    paths = [
+        module_path(node.get_friendly_name())
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul" and ".experts" in node.get_friendly_name()
+    ]
+    return {path: reason for path in paths if path not in named}
 
 
-def named_layers(model: ov.Model) -> list[FullyConnected]:
-    """The fully connected layers of `model`; where several share a module path, only the first one has it.
-
-    The others (the low-rank branches of NNCF's LoRA correction, a layer that is called twice) stay dense.
-    """
-    named: dict[str, FullyConnected] = {}
-    for layer in find_fully_connected(model):
-        named.setdefault(layer.path, layer)
-    return list(named.values())
-
-
-def _sites(layers: Mapping[str, FullyConnected], config: SCAPConfig) -> list[Site]:
-    """Layers that read the same activations with the same target share a site, as gate and up do."""
-    grouped: dict[tuple[str, int, RoleTarget], list[str]] = {}
-    for path, target in select_targets([(path, layer.role) for path, layer in layers.items()], config).items():
-        source = layers[path].node.input_value(0)
-        grouped.setdefault((source.get_node().get_name(), source.get_index(), target), []).append(path)
-    return [Site(paths[0], tuple(paths), target) for (_, _, target), paths in grouped.items()]
-
-
-class _Collector:
-    """Runs the model over the samples with thresholds that can be changed between passes without recompiling.
-
-    In a clone of the model every site becomes `Select(|x - m| <= t, m, x)` with m and t as model inputs; what is
-    pruned takes the value m itself, so that no bias has to be folded while m is not known.
-    """
-
-    def __init__(self, model: ov.Model, sites: list[Site], samples: Iterable[Any]) -> None:
-        self._sites = sites
-        self._samples = samples
-        self._total = length(samples)
-        clone = model.clone()
-        layers = {layer.path: layer for layer in named_layers(clone)}
-        parameters, outputs = [], []
-        for index, site in enumerate(sites):
-            mode, threshold = (_scalar_parameter(_input_name(index, name)) for name in ("mode", "threshold"))
-            first = layers[site.layers[0]]
-            outputs.append(first.activations)
-            insert_adjustable_ops([layers[path] for path in site.layers], mode, threshold)
-            parameters += [mode, threshold]
-        self._run = Runner(model_with_outputs(clone, outputs, parameters))
-
-    def __call__(self, current: dict[str, Thresholding], fraction: float, description: str, visit: Visit) -> None:
-        inputs = {}
-        for index, site in enumerate(self._sites):
-            inputs[_input_name(index, "mode")] = np.array(current[site.key].mode)
-            inputs[_input_name(index, "threshold")] = np.array(current[site.key].threshold)
-        self._run.set_fixed_inputs(inputs)
-
-        def collect(sample: Any) -> None:
-            named = self._run.inputs_by_name(sample)
-            padding = Padding(named)
-            for site, activations in zip(self._sites, self._run(named), strict=True):
-                rows = padding.kept_rows(site.layers[0], activations.shape)
-                visit(site.key, activations if rows is None else activations.reshape(-1, activations.shape[-1])[rows])
-
-        limit = None if self._total is None else max(1, math.ceil(self._total * fraction))
-        if run_over(self._samples, collect, self._total, description, limit) == 0:
-            raise SCAPError("the calibration dataset is empty")
-
-
-def _scalar_parameter(name: str) -> ov.Node:
-    parameter = opset.parameter([], np.float32, name=name)
-    parameter.output(0).set_names({name})
-    return parameter
-
-
-def _input_name(index: int, what: str) -> str:
-    return f"scap.{index}.{what}"
+def _check_fits(layer: FullyConnected, parameters: SCAPParameters) -> None:
+    scale, correction = (parameters.tensor(layer.path, name) for name in ("scale", "bias_correction"))
+    for name, value, wanted in (
+        ("scale", scale, layer.in_features),
+        ("bias_correction", correction, layer.out_features),
+    ):
+        if value is not None and value.shape != (wanted,):
+            raise SCAPError(
+                f"layer {printable(layer.path)}: its {name} has {value.size} values, the layer needs {wanted}"
+            )
+    if correction is not None and parameters.apply_to == "decode":
+        raise SCAPError(
+            f"layer {printable(layer.path)}: a bias correction belongs to pruned tokens, and an OpenVINO model cannot "
+            "add it to those alone: use apply_to all"
+        )

@@ -1,6 +1,5 @@
 """Calibration inputs for optimum-intel models: named datasets, generated text and local files through one function."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..core.config import SCAPConfig
 from ..data.lengths import clamp_length
+from ..data.named import with_length
 from ..data.samples import as_array, describe_sample, inputs_of, texts_or_samples
+from ..data.text import check_dataset_name as check_name
 from ..data.text import (
-    check_dataset_name,
     cut_into_windows,
     generated_samples,
     is_text_file,
@@ -28,8 +28,6 @@ from ..data.text import (
 )
 from ..errors import SCAPError, first_line, printable, raise_interruption_behind
 
-
-__all__ = ["KNOWN_DATASETS", "build_samples", "check_dataset_name", "named_text_samples"]
 
 # Tokens that the decoder of an encoder-decoder writes per sample.
 _GENERATED_TOKENS = 128
@@ -40,6 +38,15 @@ KNOWN_DATASETS = tuple(
         set().union(*(getattr(ov_utils, name) for name in dir(ov_utils) if name.startswith("PREDEFINED_"))) - {"auto"}
     )
 )
+
+
+def check_dataset_name(name: str) -> None:
+    """Checks that `name` is `auto`, an existing file, or a data set that optimum-intel knows by name.
+
+    Raises:
+        SCAPError: otherwise.
+    """
+    check_name(name, KNOWN_DATASETS)
 
 
 def build_samples(
@@ -196,36 +203,13 @@ def _input_names(model: OVBaseModel) -> list[str]:
     return [port.get_any_name() for part in model.ov_models.values() for port in part.inputs]
 
 
-def named_text_samples(
-    name: str, tokenizer: PreTrainedTokenizerBase, config: SCAPConfig, model_config: Any, trust_remote_code: bool
-) -> list[dict[str, Any]]:
-    """Token windows of a text dataset that optimum-intel's helper knows, for a model of any framework.
-
-    `model_config` tells how many tokens the model takes.
-
-    Raises:
-        SCAPError: if it cannot be loaded.
-    """
-    return _from_name(_TextInputs(), config, name, tokenizer, model_config, trust_remote_code)["model"]
-
-
-class _TextInputs(OVModelForCausalLM):
-    """What the helper needs of a model to prepare text for it: nothing but that inputs are passed on as they are."""
-
-    def __init__(self) -> None:
-        pass
-
-    def prepare_inputs(self, **inputs: Any) -> dict[str, Any]:
-        return inputs
-
-
 def _from_name(
     model: OVBaseModel, config: SCAPConfig, name: str, tokenizer: Any, model_config: Any, trust_remote_code: bool
 ) -> dict[str, list[Any]]:
     set_seed(config.seed % 2**32)
     builder = OVCalibrationDatasetBuilder(model, seed=config.seed, trust_remote_code=trust_remote_code)
     known = None if isinstance(tokenizer, str | Path) else tokenizer
-    options = _with_length(name, config.seq_len, model_config, known)
+    options = with_length(name, config.seq_len, model_config, known)
     try:
         return _unpack(builder.build_from_quantization_config(_helper_config(config, options, tokenizer)))
     except Exception as error:
@@ -235,16 +219,6 @@ def _from_name(
             f"calibration dataset {name!r} could not be loaded: {first_line(error)}; without network use a local "
             ".txt, .jsonl, .json or .parquet file, or auto"
         ) from error
-
-
-def _with_length(name: str, seq_len: int, model_config: Any, tokenizer: Any) -> str:
-    """The name of a dataset with the length of its samples, no longer than the model takes."""
-    dataset, _, options = name.partition(":")
-    given = re.fullmatch(r"\s*seq_len\s*=\s*(\d{1,9})\s*", options)
-    if options and given is None:
-        return name  # the helper says what is wrong with it
-    wanted = seq_len if given is None else int(given[1])
-    return f"{dataset}:seq_len={clamp_length(wanted, model_config, tokenizer)}"
 
 
 def _helper_config(config: SCAPConfig, dataset: str | None, tokenizer: Any) -> OVQuantizationConfigBase:

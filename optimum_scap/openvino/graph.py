@@ -1,5 +1,6 @@
 """Fully connected layers of an `ov.Model`: where they are, what they read, what their weights are."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from openvino import opset13 as opset
 from ..core.roles import Role, find_role, module_path
 
 
-# Operations that NNCF puts between the activations and a MatMul when it quantises activations too.
+# Operations that NNCF puts between the activations and a MatMul when it quantizes activations too.
 _ACTIVATION_QUANTIZERS = ("FakeQuantize", "FakeConvert")
 
 
@@ -29,7 +30,7 @@ class FullyConnected:
 
     @property
     def quantizers(self) -> tuple[ov.Node, ...]:
-        """The activation quantisers in front of the MatMul, the one nearest to it first."""
+        """The activation quantizers in front of the MatMul, the one nearest to it first."""
         found = []
         node = self.node.input_value(0).get_node()
         while node.get_type_name() in _ACTIVATION_QUANTIZERS:
@@ -38,8 +39,14 @@ class FullyConnected:
         return tuple(found)
 
     @property
+    def input_key(self) -> tuple[str, int]:
+        """Equal for layers that read the very same tensor."""
+        source = self.node.input_value(0)
+        return source.get_node().get_name(), source.get_index()
+
+    @property
     def activations(self) -> ov.Output:
-        """What is compared with the threshold: the MatMul's input, before it is quantised."""
+        """What is compared with the threshold: the MatMul's input, before it is quantized."""
         quantizers = self.quantizers
         return (quantizers[-1] if quantizers else self.node).input_value(0)
 
@@ -79,6 +86,25 @@ def find_fully_connected(model: ov.Model) -> list[FullyConnected]:
     return layers
 
 
+def named_layers(model: ov.Model) -> dict[str, FullyConnected]:
+    """The fully connected layers of `model` by module path; where several share a path, only the first one has it.
+
+    The others (the low-rank branches of NNCF's LoRA correction, a layer that is called twice) stay dense.
+    """
+    named: dict[str, FullyConnected] = {}
+    for layer in find_fully_connected(model):
+        named.setdefault(layer.path, layer)
+    return named
+
+
+def group_by_input(layers: Iterable[FullyConnected]) -> list[list[FullyConnected]]:
+    """The layers that read the very same tensor, together."""
+    groups: dict[tuple[str, int], list[FullyConnected]] = {}
+    for layer in layers:
+        groups.setdefault(layer.input_key, []).append(layer)
+    return list(groups.values())
+
+
 def is_constant(output: ov.Output) -> bool:
     """Whether `output` depends on constants only (weights, possibly compressed)."""
     pending = [output.get_node()]
@@ -109,6 +135,6 @@ def evaluate_constant(output: ov.Output) -> np.ndarray:
 
 
 def evaluate_weights(layer: FullyConnected) -> np.ndarray:
-    """The dequantised weights of `layer`, float32 `[out_features, in_features]`."""
+    """The dequantized weights of `layer`, float32 `[out_features, in_features]`."""
     weights = evaluate_constant(layer.weights)
     return weights.T if layer.weights_transposed else weights

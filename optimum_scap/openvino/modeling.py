@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import openvino as ov
@@ -22,7 +22,8 @@ import optimum.intel
 from openvino import opset13 as opset
 from optimum.intel.openvino import modeling_base
 
-from ..errors import first_line
+from ..core.config import DenseLayers
+from ..errors import SCAPError, first_line
 from .extension.build import ExtensionBuildError, build_extension
 from .fuse import fuse, is_operation, set_precision
 from .fused_ir import is_fused, readable
@@ -41,8 +42,15 @@ class SparseRuntimeMixin:
 
     @classmethod
     def from_pretrained(cls, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in optimum-intel. Where it returns an architecture's own class, that class gets the fast runtime too."""
+        """As in optimum-intel. Where it returns an architecture's own class, that class gets the fast runtime too.
+
+        `dense_layers`: `fast`, `stock` or `all`, what becomes of layers that are not pruned, see SCAPConfig; by default
+        what the model's parameters say.
+        """
         quiet_offline_guess()
+        dense_layers = kwargs.pop("dense_layers", None)
+        if dense_layers not in (None, *get_args(DenseLayers)):
+            raise SCAPError(f"dense_layers {dense_layers!r}: choose from {', '.join(get_args(DenseLayers))}")
         compile_now = kwargs.pop("compile", True)
         if kwargs.get("compile_only"):
             return super().from_pretrained(model_id, *args, **kwargs)  # type: ignore[misc]
@@ -50,6 +58,7 @@ class SparseRuntimeMixin:
         if not isinstance(model, SparseRuntimeMixin):
             stock: Any = type(model)
             model.__class__ = _with_sparse_runtime(stock)
+        model._scap_dense_layers = dense_layers
         if compile_now:
             model.compile()
         return model
@@ -111,6 +120,7 @@ def fused_clone(
     ov_config: dict[str, Any] | None = None,
     *,
     precision: str | None = None,
+    dense_layers: DenseLayers | None = None,
 ) -> ov.Model:
     """A clone of `model` with its sparse layers fused; `model` itself where there is nothing to change or no way to.
 
@@ -119,6 +129,7 @@ def fused_clone(
         device: the operations exist for the CPU only.
         ov_config: what OpenVINO is told, see `preferred_precision`.
         precision: that of the operations, instead of what `ov_config` asks for.
+        dense_layers: what becomes of layers that are not pruned, see `fuse`.
 
     Raises:
         RuntimeError: OpenVINO does not know a value in `ov_config`.
@@ -137,7 +148,7 @@ def fused_clone(
     try:
         library = build_extension()
         extend_core(library)
-        report = fuse(clone, precision=precision, library=library)
+        report = fuse(clone, precision=precision, library=library, dense_layers=dense_layers)
     except ExtensionBuildError as error:
         warnings.warn(f"SCAP runs with OpenVINO's own operations, at the dense speed: {error}", stacklevel=2)
         return model
@@ -183,13 +194,16 @@ def _fused(model: Any) -> Iterator[None]:
     if getattr(model, "_compile_only", False):
         yield
         return
+    dense_layers = getattr(model, "_scap_dense_layers", None)
     hosts = [model, *model.components.values()]
     held = [(host, name, value) for host in hosts for name, value in vars(host).items() if isinstance(value, ov.Model)]
     clones: dict[int, ov.Model] = {}
     for host, name, value in held:
         if getattr(host, "request", None) is None:
             if id(value) not in clones:
-                clones[id(value)] = fused_clone(value, getattr(host, "_device", "CPU"), host.ov_config)
+                clones[id(value)] = fused_clone(
+                    value, getattr(host, "_device", "CPU"), host.ov_config, dense_layers=dense_layers
+                )
             setattr(host, name, clones[id(value)])
     try:
         yield

@@ -1,27 +1,32 @@
-"""The threshold operations of SCAP in an `ov.Model`: insert them, recognise them, measure what they prune.
+"""The threshold operations of SCAP in an `ov.Model`: insert them, recognize them.
 
 In front of a fully connected layer `y = W x + b` stands
 
     mode == 0:  Abs(x) -> LessEqual(t) -> Select(0, x)                                   -> MatMul
     mode != 0:  d = Subtract(x, m);  Abs(d) -> LessEqual(t) -> Select(0, d)              -> MatMul -> Add(b + m * W.1)
-    quantised activations, mode != 0:  as above, but Select(m, x) -> FakeQuantize        -> MatMul
+    quantized activations, mode != 0:  as above, but Select(m, x) -> FakeQuantize        -> MatMul
+    scale per channel:  as above, with Abs -> Multiply(s) -> LessEqual(t)
     decode only:  as above, with Select(tokens == 1, t, 0) for t, tokens being x's last dimension but one
 
-which is `keep_i = |x_i - m| > t` in float32 (a NaN is kept). Without the mode this is the pattern that NNCF's torch
-backend exports. Where the activations are quantised too, the quantiser was calibrated on x, not on x - m: what is
+which is the criterion (see `core.criterion`) in float32; a NaN is kept. Without the mode this is the pattern that NNCF's torch
+backend exports. Where the activations are quantized too, the quantizer was calibrated on x, not on x - m: what is
 pruned becomes m itself there, and nothing is folded. A threshold of 0 prunes nothing that would count.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 from openvino.utils.node_factory import NodeFactory
 
-from ..core.calibration import Thresholding
+from ..core.criterion import Criterion
 from .graph import FullyConnected, evaluate_constant, evaluate_weights, find_fully_connected, is_constant
+
+
+_CORRECTION = "bias_correction"
 
 
 @dataclass(frozen=True)
@@ -32,37 +37,37 @@ class ThresholdOps:
     select: ov.Node
     mask: ov.Output  # boolean, true where the channel is pruned
     source: ov.Output  # the activations before pruning
-    mode: float
-    threshold: float
+    criterion: Criterion
     decode_only: bool  # whether only forwards of one token per sequence are pruned
     centred: bool  # whether the layer reads x - mode (the mode is in its bias) rather than x
     nodes: frozenset[str]  # names of the operations that read `source`
 
 
-def insert_threshold_ops(
-    layers: Sequence[FullyConnected], thresholding: Thresholding, *, decode_only: bool = False
-) -> None:
+def insert_threshold_ops(layers: Sequence[FullyConnected], criterion: Criterion, *, decode_only: bool = False) -> None:
     """Prunes the shared input of `layers` in place, folding the mode into each layer's bias.
 
     Args:
-        layers: fully connected layers that read the same activations through the same quantisers.
-        thresholding: float32 mode and threshold.
+        layers: fully connected layers that read the same activations through the same quantizers.
+        criterion: what is pruned.
         decode_only: prune only where the activations `[..., tokens, channels]` hold one token per sequence.
     """
-    mode = np.float32(thresholding.mode)
+    mode = np.float32(criterion.mode)
     source = _source_in_float32(layers[0])
-    threshold = _scalar(np.float32(thresholding.threshold), "threshold", layers[0])
+    threshold = _constant(np.float32(criterion.threshold), "threshold", layers[0])
     rank = source.get_partial_shape().rank.get_length()
     if decode_only and rank > 1:
         tokens = opset.gather(opset.shape_of(source), opset.constant(rank - 2), opset.constant(0))
         one_token = opset.equal(tokens, opset.constant(1))
-        threshold = opset.select(one_token, threshold, opset.constant(np.float32(0.0)))
-    mode_constant = _scalar(mode, "mode", layers[0])
+        # A threshold of 0 prunes what would add nothing; with a scale of 0 in it, a score of 0 may stand for more.
+        nothing = opset.constant(np.float32(0.0 if criterion.scale is None else -1.0))
+        threshold = opset.select(one_token, threshold, nothing)
+    mode_constant = _constant(mode, "mode", layers[0])
+    scale = None if criterion.scale is None else _constant(criterion.scale, "scale", layers[0])
     if mode != 0 and layers[0].quantizers:
-        select = _select_mode(source, mode_constant, threshold)
+        select = _select_mode(source, mode_constant, threshold, scale)
     else:
         centred = source if mode == 0 else opset.subtract(source, mode_constant).output(0)
-        mask = opset.less_equal(opset.abs(centred), threshold)
+        mask = opset.less_equal(_score(centred, scale), threshold)
         select = opset.select(mask, opset.constant(np.float32(0.0)), centred)
         if mode != 0:
             for layer in layers:
@@ -71,18 +76,62 @@ def insert_threshold_ops(
     _replace_input(layers, select.output(0))
 
 
-def insert_adjustable_ops(layers: Sequence[FullyConnected], mode: ov.Node, threshold: ov.Node) -> None:
+def insert_adjustable_ops(
+    layers: Sequence[FullyConnected], mode: ov.Node, threshold: ov.Node, scale: "np.ndarray | None" = None
+) -> None:
     """Prunes the shared input of `layers` in place with a float32 scalar mode and threshold that are model inputs.
 
     What is pruned becomes the mode itself, which gives the same outputs as folding it, for any mode.
     """
-    select = _select_mode(_source_in_float32(layers[0]), mode, threshold)
+    factor = None if scale is None else opset.constant(scale)
+    select = _select_mode(_source_in_float32(layers[0]), mode, threshold, factor)
     _replace_input(layers, select.output(0))
 
 
-def _select_mode(source: ov.Output, mode: ov.Node, threshold: ov.Node) -> ov.Node:
-    mask = opset.less_equal(opset.abs(opset.subtract(source, mode)), threshold)
+def add_bias_correction(layer: FullyConnected, correction: np.ndarray) -> None:
+    """Adds `correction` `[out_features]` to the output of `layer`, as a constant of its own that can be read again.
+
+    OpenVINO folds it into the bias when it compiles the model.
+    """
+    output = layer.node.output(0)
+    rank = output.get_partial_shape().rank.get_length()
+    value = _constant_like(correction.astype(np.float32).reshape((1,) * (rank - 1) + (-1,)), layer, _CORRECTION)
+    found = _constant_bias(layer)
+    if found is not None:
+        add, port, _ = found
+        add.input(port).replace_source_output(opset.add(add.input_value(port), value).output(0))
+        return
+    readers = list(output.get_target_inputs())
+    added = opset.add(output, value)
+    added.set_friendly_name(f"{layer.path}/scap/Add")
+    for reader in readers:
+        reader.replace_source_output(added.output(0))
+
+
+def read_tensors(model: ov.Model) -> dict[str, np.ndarray]:
+    """The vectors per channel that a sparse `model` holds, by `PATH.scap_NAME`, see SCAPParameters.named_tensors."""
+    found = {
+        f"{match.layer.path}.scap_scale": match.criterion.scale
+        for match in find_threshold_ops(model)
+        if match.criterion.scale is not None
+    }
+    ending = f"/scap/{_CORRECTION}"
+    for node in model.get_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" and name.endswith(ending):
+            path = name.removesuffix(ending)
+            found[f"{path}.scap_bias_correction"] = np.array(node.data, dtype=np.float32).reshape(-1)
+    return found
+
+
+def _select_mode(source: ov.Output, mode: ov.Node, threshold: ov.Node, scale: ov.Node | None) -> ov.Node:
+    mask = opset.less_equal(_score(opset.subtract(source, mode).output(0), scale), threshold)
     return opset.select(mask, mode, source)
+
+
+def _score(centred: ov.Output, scale: ov.Node | None) -> ov.Node:
+    magnitude = opset.abs(centred)
+    return magnitude if scale is None else opset.multiply(magnitude, scale)
 
 
 def _source_in_float32(layer: FullyConnected) -> ov.Output:
@@ -119,7 +168,7 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
     less_equal = mask.get_node()
     if less_equal.get_type_name() != "LessEqual":
         return None
-    magnitude = _skip_convert(less_equal.input_value(0)).get_node()
+    magnitude, scale = _magnitude_and_scale(less_equal.input_value(0), layer.in_features)
     if magnitude.get_type_name() != "Abs" or not is_constant(fill):
         return None
     threshold_output, shape_of = less_equal.input_value(1), None
@@ -151,12 +200,24 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
         select=select,
         mask=mask,
         source=source,
-        mode=float(mode),
-        threshold=float(threshold.item()),
+        criterion=Criterion(np.float32(mode), np.float32(threshold.item()), scale),
         decode_only=shape_of is not None,
         centred=reads_centred,
         nodes=nodes,
     )
+
+
+def _magnitude_and_scale(score: ov.Output, in_features: int) -> tuple[ov.Node, np.ndarray | None]:
+    """|x - m|, and the scale per channel that it is multiplied by, if any."""
+    node = _skip_convert(score).get_node()
+    if node.get_type_name() != "Multiply":
+        return node, None
+    for magnitude, factor in (node.input_values(), reversed(node.input_values())):
+        if is_constant(factor) and not is_constant(magnitude):
+            value = evaluate_constant(factor)
+            if value.size in (1, in_features) and value.shape[-1:] in ((), (value.size,)):
+                return _skip_convert(magnitude).get_node(), np.broadcast_to(value.reshape(-1), in_features).copy()
+    return node, None
 
 
 def _threshold_in_decode(threshold: ov.Output, centred: ov.Output) -> tuple[ov.Output, ov.Node] | None:
@@ -202,7 +263,7 @@ def _skip_conversions(value: ov.Output) -> ov.Output:
     return value
 
 
-def _scalar(value: np.float32, name: str, layer: FullyConnected) -> ov.Node:
+def _constant(value: Any, name: str, layer: FullyConnected) -> ov.Node:
     node = opset.constant(value)
     node.set_friendly_name(f"{layer.path}/scap/{name}")
     return node
@@ -219,15 +280,12 @@ def _add_to_bias(layer: FullyConnected, addend: np.ndarray) -> None:
     """Adds `addend` `[out_features]` to the output of `layer`: to its constant bias if it has one, else as an Add."""
     output = layer.node.output(0)
     readers = list(output.get_target_inputs())
-    if len(readers) == 1 and readers[0].get_node().get_type_name() == "Add":
-        add = readers[0].get_node()
-        bias_port = 1 - readers[0].get_index()
-        if is_constant(add.input_value(bias_port)):
-            bias = evaluate_constant(add.input_value(bias_port)).astype(np.float64)
-            if bias.ndim and bias.shape[-1] in (1, layer.out_features) and bias.size == bias.shape[-1]:
-                folded = (bias + addend.reshape((1,) * (bias.ndim - 1) + (-1,))).astype(np.float32)
-                add.input(bias_port).replace_source_output(_constant_like(folded, layer).output(0))
-                return
+    found = _constant_bias(layer)
+    if found is not None:
+        add, port, bias = found
+        folded = (bias + addend.reshape((1,) * (bias.ndim - 1) + (-1,))).astype(np.float32)
+        add.input(port).replace_source_output(_constant_like(folded, layer).output(0))
+        return
     rank = output.get_partial_shape().rank.get_length()
     bias_constant = _constant_like(addend.astype(np.float32).reshape((1,) * (rank - 1) + (-1,)), layer)
     added = opset.add(output, bias_constant)
@@ -236,10 +294,24 @@ def _add_to_bias(layer: FullyConnected, addend: np.ndarray) -> None:
         reader.replace_source_output(added.output(0))
 
 
-def _constant_like(value: np.ndarray, layer: FullyConnected) -> ov.Node:
+def _constant_bias(layer: FullyConnected) -> tuple[ov.Node, int, np.ndarray] | None:
+    """The Add behind `layer` that adds a constant bias, the port of the bias, and its value in float64."""
+    readers = list(layer.node.output(0).get_target_inputs())
+    if len(readers) != 1 or readers[0].get_node().get_type_name() != "Add":
+        return None
+    add = readers[0].get_node()
+    port = 1 - readers[0].get_index()
+    if not is_constant(add.input_value(port)):
+        return None
+    bias = evaluate_constant(add.input_value(port)).astype(np.float64)
+    fits = bias.ndim and bias.shape[-1] in (1, layer.out_features) and bias.size == bias.shape[-1]
+    return (add, port, bias) if fits else None
+
+
+def _constant_like(value: np.ndarray, layer: FullyConnected, name: str = "bias") -> ov.Node:
     element_type = layer.node.get_output_element_type(0)
     constant = opset.constant(value)
-    constant.set_friendly_name(f"{layer.path}/scap/bias")
+    constant.set_friendly_name(f"{layer.path}/scap/{name}")
     if element_type == ov.Type.f32:
         return constant
     return opset.convert(constant, element_type.get_type_name())

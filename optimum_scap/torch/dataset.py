@@ -9,19 +9,26 @@ from torch import nn
 
 from ..core.config import SCAPConfig
 from ..data.lengths import clamp_length
+from ..data.named import TEXT_DATASETS, named_windows, split_name
 from ..data.samples import texts_or_samples
+from ..data.text import check_dataset_name as check_name
 from ..data.text import (
-    check_dataset_name,
     cut_into_windows,
     generated_samples,
     is_text_file,
     load_tokenizer,
     token_windows,
 )
-from .backend import input_names
+from .collect import input_names
 
 
-__all__ = ["build_samples", "check_dataset_name"]
+def check_dataset_name(name: str) -> None:
+    """Checks that `name` is `auto`, an existing file, or a text data set that optimum knows by name.
+
+    Raises:
+        SCAPError: otherwise.
+    """
+    check_name(name, TEXT_DATASETS)
 
 
 def build_samples(
@@ -55,7 +62,9 @@ def build_samples(
             return _for_model(model, _batches(token_windows(name, loaded, config.num_samples, seq_len)))
         if name == "auto":
             return _for_model(model, _batches(generated_samples(model, loaded, config)))
-        return _for_model(model, _from_name(name, loaded, config, model_config, trust_remote_code))
+        dataset_name, given = split_name(name)
+        seq_len = clamp_length(given or config.seq_len, model_config, loaded)
+        return _for_model(model, named_windows(dataset_name, loaded, config.num_samples, seq_len, config.seed))
     documents, samples = texts_or_samples(dataset, config.num_samples, _columns(model))
     if documents is not None:
         loaded = _load_tokenizer(model, tokenizer, trust_remote_code)
@@ -84,16 +93,6 @@ def _for_model(model: nn.Module, samples: Iterable[Any]) -> list[Any]:
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _from_name(name: str, tokenizer: Any, config: SCAPConfig, model_config: Any, trust_remote_code: bool) -> list[Any]:
-    """What optimum-intel's helper makes of the name of a dataset, the same as for an OpenVINO model."""
-    from ..openvino.dataset import named_text_samples
-
-    return [
-        {key: torch.as_tensor(value) for key, value in sample.items() if key in ("input_ids", "attention_mask")}
-        for sample in named_text_samples(name, tokenizer, config, model_config, trust_remote_code)
-    ]
 
 
 def _columns(model: nn.Module) -> list[str]:

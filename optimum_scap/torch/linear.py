@@ -1,16 +1,14 @@
 """Fully connected layers whose input activations are pruned.
 
-    keep_i = |x_i - m| > t                      compared in float32, strictly greater; NaN is kept
-    y      = sum over kept i of (x_i - m) W[:, i]  +  b + m * W·1
-           = W · where(keep, x, m)  +  b
+    keep_i = s_i * |x_i - m| > t                see `core.criterion`
+    y      = sum over kept i of (x_i - m) W[:, i]  +  b + c + m * W·1
+           = W · where(keep, x, m)  +  b + c
 
-(SCAP, arXiv 2412.07174, section 3). The first form reads only the weights of kept channels and serves forwards of up
-to `MAX_SPARSE_ROWS` tokens; the second is an ordinary matrix product behind an elementwise operation and serves the
-rest.
+(c is the bias correction, where there is one.) The first form reads only the weights of kept channels and serves
+forwards of few rows; the second is an ordinary matrix product behind an elementwise operation and serves the rest.
+Which of them a forward takes is decided in `dispatch`.
 """
 
-import logging
-import types
 from typing import Any
 
 import numpy as np
@@ -21,18 +19,19 @@ from torch.nn import functional as F
 from ..core.config import ApplyTo
 from ..core.parameters import LayerParameters
 from ..errors import SCAPError
+from .dispatch import Way, is_one_token, may_call_kernel, way_of
+from .given import GivenOutput
 from .kernels import sparse_linear
-from .prunable import is_fully_connected, why_dense
 
 
-logger = logging.getLogger(__name__)
+# Vectors that stay float32 whatever type the model is converted to, by what SCAPParameters call them.
+VECTORS = {"scale": "scap_scale", "bias_correction": "scap_bias_correction"}
 
-MAX_SPARSE_ROWS = 8
 
-
-def keep_mask(x: Tensor, mode: float, threshold: float) -> Tensor:
-    """Which elements of `x` are kept: a bool tensor of the same shape."""
-    return ~((x.float() - mode).abs() <= threshold)
+def pruned_mask(x: Tensor, mode: float, threshold: float, scale: Tensor | None = None) -> Tensor:
+    """Which elements of `x` `[..., in_features]` are pruned: a bool tensor of the same shape."""
+    distance = (x.float() - mode).abs()
+    return (distance if scale is None else distance * scale) <= threshold
 
 
 def round_down(threshold: float, dtype: torch.dtype) -> float:
@@ -48,35 +47,10 @@ def round_down(threshold: float, dtype: torch.dtype) -> float:
     return threshold
 
 
-def prune(x: Tensor, mode: float, threshold: float) -> Tensor:
+def prune(x: Tensor, mode: float, threshold: float, scale: Tensor | None = None) -> Tensor:
     """`x` with `mode` in place of every element that is pruned. Gradients pass through what is kept."""
-    return torch.where(keep_mask(x, mode, threshold), x, torch.full((), mode, dtype=x.dtype, device=x.device))
-
-
-class GivenOutput:
-    """An output that was computed ahead, for one input."""
-
-    def __init__(self) -> None:
-        self._input_and_output: tuple[Tensor, Tensor] | None = None
-
-    def put(self, x: Tensor, output: Tensor) -> None:
-        """Leaves `output` for the call with `x`, the very tensor."""
-        self._input_and_output = (x, output)
-
-    def take(self, x: Tensor) -> Tensor | None:
-        """The output for `x`, once; None if there is none."""
-        found = self._input_and_output  # once: other threads may put theirs
-        if found is None or found[0] is not x:
-            return None
-        self._input_and_output = None
-        return found[1]
-
-    def forget(self) -> bool:
-        """Whether there was an output that nobody took."""
-        if self._input_and_output is None:
-            return False
-        self._input_and_output = None
-        return True
+    pruned = pruned_mask(x, mode, threshold, scale)
+    return torch.where(pruned, torch.full((), mode, dtype=x.dtype, device=x.device), x)
 
 
 class _PrunedInput:
@@ -95,15 +69,20 @@ class _PrunedInput:
     # Plain numbers, which torch.compile reads where it does not read the attributes of `scap_parameters`.
     scap_mode: float
     scap_threshold: float
+    # Buffers `[in_features]` and `[out_features]`, float32, or None. They belong to the checkpoint.
+    scap_scale: Tensor | None
+    scap_bias_correction: Tensor | None
     # The dtype of the weights, and the threshold in it.
     _scap_dtype: torch.dtype
     scap_shrinkage: float
+    # b + c + m * W·1 in float32, where there is more than b.
     scap_folded_bias: Tensor | None
+    _scap_folds: bool
     _scap_folded_versions: tuple[int, ...]
     # Whether the weights were brought into another order in memory than they had.
     _scap_reordered: bool = False
-    # What the block around the layer computes ahead, see `shared_input`; None where there is no such block.
-    scap_given: "GivenOutput | None" = None
+    # What the block around the layer computes ahead, see `blocks.shared_input`; None where there is no such block.
+    scap_given: GivenOutput | None = None
 
     def output_major_weight(self) -> Tensor:
         """The weights as nn.Linear has them, `[out_features, in_features]`, not necessarily contiguous."""
@@ -127,13 +106,15 @@ class _PrunedInput:
         # What is made in inference mode could never be trained; a weight that was made there needs its like.
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             self._order_weights()
-            weight = self.output_major_weight()
-            if self.scap_mode == 0.0:
+            if not self._scap_folds:
                 self.scap_folded_bias = None
-            else:
-                folded = self.scap_mode * weight.sum(dim=1, dtype=torch.float32)
-                self.scap_folded_bias = folded if self.bias is None else folded + self.bias.float()
-                self._scap_folded_versions = self._versions()
+                return
+            folded = self.scap_mode * self.output_major_weight().sum(dim=1, dtype=torch.float32)
+            for value in (self.bias, self.scap_bias_correction):
+                if value is not None:
+                    folded = folded + value.float()
+            self.scap_folded_bias = folded
+            self._scap_folded_versions = self._versions()
 
     def _order_weights(self) -> None:
         weight = self.output_major_weight()
@@ -151,82 +132,91 @@ class _PrunedInput:
         given = self.scap_given
         if given is not None and (output := given.take(x)) is not None:
             return output
+        way = way_of(x, self)
         weight = self.output_major_weight()
-        # Many tokens are sorted out first: prefill waits for Python. A recorded size is no int.
-        size = x.numel()
-        if type(size) is not int or size <= MAX_SPARSE_ROWS * x.shape[-1]:
-            if is_recorded():
-                if torch.jit.is_tracing():  # type: ignore[attr-defined]
-                    return self._forward_in_exported_form(x, weight)
-            elif self.runs_sparse(x):
-                return sparse_linear(x, weight, self.kernel_bias(), threshold=self.scap_threshold, mode=self.scap_mode)
-        if self.scap_apply_to == "decode" and self.runs_dense(x):
+        if way is Way.SPARSE:
+            return sparse_linear(
+                x,
+                weight,
+                self.kernel_bias(),
+                threshold=self.scap_threshold,
+                mode=self.scap_mode,
+                scale=self.scap_scale,
+            )
+        if way is Way.PRUNED:
+            return F.linear(self.pruned_input(x), weight, self.pruned_bias())
+        if way is Way.DENSE:
             return F.linear(x, weight, self.bias)
-        return F.linear(self.pruned_input(x), weight, self.bias)
+        return self._forward_in_exported_form(x, weight)
 
     def pruned_input(self, x: Tensor) -> Tensor:
         """`x` with the mode in place of what is pruned, for the ordinary matrix product."""
         if self.prunes_to_zero(x):
             # One operation instead of five; a NaN is kept, and the comparison is the float32 one but for its cost.
             return torch.hardshrink(x, self.scap_shrinkage)
-        return prune(x, self.scap_mode, self.scap_threshold)
+        return prune(x, self.scap_mode, self.scap_threshold, self.scap_scale)
+
+    def pruned_bias(self) -> Tensor | None:
+        """What is added to the product with the pruned input, `[out_features]`: the bias, with its correction."""
+        correction = self.scap_bias_correction
+        if correction is None:
+            return self.bias
+        correction = correction.to(self.weight.dtype)
+        return correction if self.bias is None else self.bias + correction
 
     def prunes_to_zero(self, x: Tensor) -> bool:
         """Whether what is pruned of `x` are the elements in [-scap_shrinkage, scap_shrinkage], and becomes zero."""
-        return self.scap_mode == 0.0 and x.dtype == self._scap_dtype
+        return self.scap_mode == 0.0 and self.scap_scale is None and x.dtype == self._scap_dtype
 
     def runs_dense(self, x: Tensor) -> bool:
         """Whether a forward of `x` `[..., in_features]` prunes nothing."""
-        return self.scap_apply_to == "decode" and not _is_one_token(x)
+        return self.scap_apply_to == "decode" and not is_one_token(x)
 
     def kernel_bias(self) -> Tensor | None:
-        """The bias that the sparse operation adds, `[out_features]`: with the mode folded in where there is one."""
-        return self.bias if self.scap_mode == 0.0 else self.scap_folded_bias
+        """The bias that the sparse operation adds, `[out_features]`: with mode and correction folded in."""
+        return self.scap_folded_bias if self._scap_folds else self.bias
 
-    def runs_sparse(self, x: Tensor) -> bool:
-        """Whether a forward of `x` `[..., in_features]` runs the sparse operation."""
-        # Before anything depends on the number of rows: an exported program is to serve any.
-        if is_recorded():
-            return False
-        rows = x.numel() // x.shape[-1]
-        if rows == 0 or rows > MAX_SPARSE_ROWS or self.runs_dense(x):
-            return False
-        if torch.is_autocast_enabled(x.device.type):  # which knows the dense product, not the sparse operation
-            return False
+    def can_run_sparse(self, x: Tensor) -> bool:
+        """Whether the sparse operation can run on the few rows of `x` `[..., in_features]`. Asked by `dispatch`."""
         weight = self.output_major_weight()
-        if x.dtype != weight.dtype or x.device != weight.device:
+        if x.numel() == 0 or self.runs_dense(x) or not may_call_kernel(x, weight):
             return False
         if wants_input_major(weight) and not _is_input_major(weight):
             return False
-        if self.scap_mode != 0.0:
+        if self._scap_folds:
             if self.scap_folded_bias is None:
                 return False
             if not torch.compiler.is_compiling() and self._scap_folded_versions != self._versions():
                 self.prepare()
-        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        return True
 
     def _forward_in_exported_form(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operations that an exported OpenVINO IR holds: Abs -> LessEqual -> Select, the mode in the bias."""
         centred = x if self.scap_mode == 0.0 else x - self.scap_mode
+        score = centred.abs() if self.scap_scale is None else centred.abs() * self.scap_scale
         threshold: Any = self.scap_threshold
         if self.scap_apply_to == "decode" and x.dim() > 1:  # read from the shape of whatever the export is given
+            if self.scap_bias_correction is not None:
+                raise SCAPError(
+                    "a bias correction cannot be exported with apply_to decode: it belongs to pruned tokens"
+                )
             one_token = torch._shape_as_tensor(x)[-2] == 1
-            threshold = torch.where(one_token, threshold, 0.0)
-        pruned = torch.where(centred.abs() <= threshold, torch.zeros((), dtype=x.dtype), centred)
-        if self.scap_mode == 0.0:
+            threshold = torch.where(one_token, threshold, 0.0 if self.scap_scale is None else -1.0)
+        pruned = torch.where(score <= threshold, torch.zeros((), dtype=x.dtype), centred)
+        if not self._scap_folds:
             return F.linear(pruned, weight, self.bias)
         assert self.scap_folded_bias is not None
         return F.linear(pruned, weight) + self.scap_folded_bias.to(x.dtype)
 
     def _versions(self) -> tuple[int, ...]:
         """Changes whenever the weights or the bias are changed in place, as an optimizer does."""
-        values = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return tuple(map(_version, values))
+        values = (self.weight, self.bias, self.scap_bias_correction)
+        return tuple(_version(value) for value in values if value is not None)
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module's; also folds the mode anew, for weights that were changed through `.data` (a merged LoRA)."""
         result = super().train(mode)  # type: ignore[misc]
-        if self.scap_mode != 0.0:
+        if self._scap_folds:
             self.prepare()
         return result
 
@@ -238,7 +228,13 @@ class _PrunedInput:
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        buffers: Any = self._buffers  # type: ignore[attr-defined]
+        vectors = {name: buffers.pop(name) for name in VECTORS.values() if name in buffers}
         result = super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, vector in vectors.items():
+            moved = fn(vector)
+            # Only the device counts for them.
+            buffers[name] = moved if moved.dtype == torch.float32 else vector.to(moved.device)
         self.prepare()
         return result
 
@@ -254,7 +250,7 @@ class _PrunedInput:
 
 
 class SCAPLinear(_PrunedInput, nn.Linear):
-    """nn.Linear with pruned input activations; made by `convert`."""
+    """nn.Linear with pruned input activations; made by `convert.convert`."""
 
     def output_major_weight(self) -> Tensor:
         return self.weight
@@ -278,7 +274,7 @@ def scap_conv1d_class() -> type[nn.Module]:
     if _scap_conv1d is None:
 
         class SCAPConv1D(_PrunedInput, _conv1d_class()):  # type: ignore[misc]
-            """Conv1D with pruned input activations; made by `convert`."""
+            """Conv1D with pruned input activations; made by `convert.convert`."""
 
             # where pickle looks for it, see __getattr__
             __qualname__ = "SCAPConv1D"
@@ -302,45 +298,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def convert(module: nn.Module, parameters: LayerParameters, apply_to: ApplyTo) -> None:
-    """Makes a fully connected layer prune its input activations, in place.
-
-    The module stays the same object, with its parameters, hooks (accelerate's offloading among them) and place in the
-    model; only its class changes.
-
-    Raises:
-        SCAPError: if `module` is no layer that can be pruned, or is pruned already.
-    """
-    if isinstance(module, _PrunedInput):
-        raise SCAPError("the layer is pruned already")
-    if not is_fully_connected(module):
-        reason = why_dense(module) or "it is no fully connected layer"
-        raise SCAPError(f"a {type(module).__name__} cannot be pruned: {reason}")
-    cls: Any = SCAPLinear if isinstance(module, nn.Linear) else scap_conv1d_class()
-    module.__class__ = cls
-    module.scap_parameters = parameters  # type: ignore[assignment]
-    module.scap_apply_to = apply_to  # type: ignore[assignment]
-    module.scap_mode = parameters.mode  # type: ignore[assignment]
-    module.scap_threshold = parameters.threshold  # type: ignore[assignment]
-    module.register_buffer("scap_folded_bias", None, persistent=False)
-    if hasattr(module, "_old_forward"):  # accelerate calls what it found when its hook was added
-        module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[assignment]
-    elif "forward" in vars(module):  # the class's own, which accelerate leaves behind when its hook is removed
-        del module.forward
-    module.prepare()  # type: ignore[operator]
-
-
 def is_pruned(module: nn.Module) -> bool:
-    """Whether `convert` was called on `module`."""
+    """Whether `convert.convert` was called on `module`."""
     return isinstance(module, _PrunedInput)
-
-
-def is_recorded() -> bool:
-    """Whether operations are being recorded for a program to export, by torch.jit.trace or torch.export."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
-    # Under torch.compile is_exporting() is true in some versions of torch.
-    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
 
 
 def _version(value: Tensor) -> int:
@@ -366,8 +326,3 @@ def _is_input_major(weight: Tensor) -> bool:
     """Whether the weights `[out, in]` of each input channel are contiguous."""
     out_features, channels = weight.shape
     return (out_features == 1 or weight.stride(0) == 1) and (channels == 1 or weight.stride(1) >= out_features)
-
-
-def _is_one_token(x: Tensor) -> bool:
-    """Whether `x` `[..., tokens, channels]` holds one token per sequence."""
-    return x.dim() < 2 or x.shape[-2] == 1

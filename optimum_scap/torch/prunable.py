@@ -41,6 +41,12 @@ def in_features(module: nn.Module) -> int:
     return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
 
 
+def out_features(module: nn.Module) -> int:
+    """Number of output channels of a fully connected layer."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
+
+
 def why_dense(module: nn.Module) -> str | None:
     """Why a module that is an nn.Linear or Conv1D cannot be pruned; None if it can be, or is of another kind."""
     if not is_linear(module):

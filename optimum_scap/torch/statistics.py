@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import Mode
+from ..core.config import Estimator
+from ..core.criterion import Criterion
 from ..core.statistics import ActivationStatistics, QuantileSketch
 
 
@@ -73,11 +74,19 @@ class TorchQuantileSketch(QuantileSketch):
 class TorchActivationStatistics(ActivationStatistics):
     """ActivationStatistics of torch tensors on any device."""
 
-    def __init__(self, name: str, seed: int = 0) -> None:
-        super().__init__(name, seed)
-        self._sketch = TorchQuantileSketch(seed=seed)
+    sketch = TorchQuantileSketch
+
+    def __init__(
+        self,
+        name: str,
+        seed: int = 0,
+        scale: "NDArray[np.float32] | None" = None,
+        mode: np.float32 = np.float32(0.0),  # noqa: B008  an immutable number
+    ) -> None:
+        super().__init__(name, seed, scale, mode)
         self._device_sum: Tensor | None = None
         self._device_largest: Tensor | None = None
+        self._device_scale: Tensor | None = None
 
     def add(self, activations: Tensor) -> None:  # type: ignore[override]
         """Adds the activations of one batch (any float dtype, any shape). NaN and inf are reported by `solve`."""
@@ -94,15 +103,29 @@ class TorchActivationStatistics(ActivationStatistics):
             self._device_sum = self._device_sum + total.to(device)
             self._device_largest = torch.maximum(self._device_largest, largest.to(device))
         self._sketch.add(activations)
+        if self._scores is not None:
+            self._scores.add(self._scores_of(activations))
 
-    def solve(self, method: Mode, sparsity: float) -> tuple[np.float32, np.float32]:
-        """(mode, threshold), see ActivationStatistics.
+    def _scores_of(self, activations: Tensor) -> Tensor:
+        if self._device_scale is None or self._device_scale.device != activations.device:
+            self._device_scale = torch.tensor(self._criterion.scale, device=activations.device)
+        return (activations.float() - float(self._criterion.mode)).abs() * self._device_scale
+
+    def solve(self, estimator: Estimator, sparsity: float) -> Criterion:
+        """See ActivationStatistics.
 
         Raises:
             SCAPError: naming the layer, if nothing was added, every value was zero, or one was NaN or infinite.
         """
+        self._read()
+        return super().solve(estimator, sparsity)
+
+    def mode(self, estimator: Estimator, sparsity: float) -> np.float32:
+        self._read()
+        return super().mode(estimator, sparsity)
+
+    def _read(self) -> None:
         if self._device_sum is not None and self._device_largest is not None:
             self._largest = float(self._device_largest)
             self._check_finite(self._largest)
             self._sum = float(self._device_sum)
-        return super().solve(method, sparsity)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from optimum_scap import RoleTarget, SCAPConfig, SCAPError
-from optimum_scap.core.config import MODES
+from optimum_scap.core.config import ESTIMATORS
 from optimum_scap.core.roles import ROLES
 
 
@@ -83,7 +83,7 @@ def test_validation_names_the_field(fields: dict, named: str) -> None:
 @given(
     targets=st.dictionaries(
         st.sampled_from(ROLES),
-        st.builds(RoleTarget, sparsity=st.floats(0.01, 0.999), mode=st.sampled_from(MODES)),
+        st.builds(RoleTarget, sparsity=st.floats(0.01, 0.999), mode=st.sampled_from(ESTIMATORS)),
         min_size=1,
     ),
     num_samples=st.integers(1, 1000),
@@ -102,7 +102,7 @@ def test_no_text_crashes_the_parser(spec: str) -> None:
 
 
 PIECES = st.sampled_from(
-    [*ROLES, *MODES, "0.5", "1e-3", "nan", "1_0", "-0", ",", "=", " ", "\n", "٣", "\x00", "\ud800"]
+    [*ROLES, *ESTIMATORS, "0.5", "1e-3", "nan", "1_0", "-0", ",", "=", " ", "\n", "٣", "\x00", "\ud800"]
 )
 
 

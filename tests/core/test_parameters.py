@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, load_parameters, save_parameters
-from optimum_scap.core.parameters import LayerParameters, checkpoint_parameters
+from optimum_scap.core.parameter_files import checkpoint_parameters
+from optimum_scap.core.parameters import LayerParameters
 
 
 ENTRY = {
@@ -34,7 +35,7 @@ def write(path: Path, content: Any) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    layer = LayerParameters(role="down", method="median", target_sparsity=0.5, mode=0.1, threshold=0.2)
+    layer = LayerParameters(role="down", estimator="median", target_sparsity=0.5, mode=0.1, threshold=0.2)
     assert layer.mode == float(np.float32(0.1))  # what is compared is float32, so that is what is kept
     config = SCAPConfig.from_spec("0.5", mode="median")
     parameters = SCAPParameters(version="1", config=config, layers={"a.down_proj": layer})
@@ -58,7 +59,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_the_references_file_as_it_is(path: str, role: str, tmp_path: Path) -> None:
     found = load_parameters(write(tmp_path / "calibrated_thresholds.json", {path: {**ENTRY, "module_name": path}}))
     layer = found.layers[path]
-    assert (layer.role, layer.method, layer.target_sparsity) == (role, "kde", 0.35)
+    assert (layer.role, layer.estimator, layer.target_sparsity) == (role, "kde", 0.35)
     assert (layer.mode, layer.threshold) == (float(np.float32(-0.017)), float(np.float32(0.1)))
     assert found.config.targets[role].sparsity == 0.35
 
@@ -144,7 +145,7 @@ def test_parameters_of_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_file_of_any_size_is_no_parameters_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_scap.core.parameters._LARGEST_FILE", 1000)
+    monkeypatch.setattr("optimum_scap.core.parameter_files._LARGEST_FILE", 1000)
     with pytest.raises(SCAPError, match="cannot be read: it is larger than"):
         load_parameters(write(tmp_path / "p.json", {**OURS, "version": "x" * 2000}))
 
@@ -172,7 +173,7 @@ def test_what_a_config_json_repeats_elsewhere_does_not_matter(tmp_path: Path) ->
 )
 def test_files_that_were_written_before(content: str, tmp_path: Path) -> None:
     found = load_parameters(write(tmp_path / "p.json", content)).layers["m.up_proj"]
-    assert found == LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=0.1)
+    assert found == LayerParameters(role="up", estimator="zero", target_sparsity=0.5, mode=0.0, threshold=0.1)
 
 
 NAMES = st.sampled_from([*ENTRY, *LAYER, *OURS, "a.up_proj", "targets", "up", "sparsity"]) | st.text(max_size=8)
@@ -210,7 +211,7 @@ def check_reader(content: bytes, folder: Path) -> None:
         st.builds(
             LayerParameters,
             role=st.sampled_from(["up", "down", "qkv"]),
-            method=st.sampled_from(["zero", "mean", "median", "kde"]),
+            estimator=st.sampled_from(["zero", "mean", "median", "kde"]),
             target_sparsity=st.floats(0, 1, exclude_max=True),
             mode=st.floats(width=32, allow_nan=False, allow_infinity=False),
             threshold=st.floats(0, width=32, allow_infinity=False),

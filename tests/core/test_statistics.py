@@ -1,4 +1,5 @@
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_scap import SCAPError
+from optimum_scap.core.criterion import Criterion
 from optimum_scap.core.statistics import ActivationStatistics, QuantileSketch, weighted_quantile
 
 
@@ -21,6 +23,11 @@ DISTRIBUTIONS = {
 }
 
 
+def answer(statistics: ActivationStatistics, estimator: Any, sparsity: float) -> tuple[np.float32, np.float32]:
+    criterion = statistics.solve(estimator, sparsity)
+    return criterion.mode, criterion.threshold
+
+
 def fed(values: np.ndarray, batches: int = 50) -> ActivationStatistics:
     statistics = ActivationStatistics("layer")
     for batch in np.array_split(values.astype(np.float32), batches):
@@ -34,27 +41,29 @@ def test_thresholds_realise_the_exact_sparsity_within_0_002(name: str, mode: str
     values = DISTRIBUTIONS[name].astype(np.float32)
     statistics = fed(values)
     for sparsity in (0.05, 0.35, 0.5, 0.7, 0.9, 0.99):
-        m, threshold = statistics.solve(mode, sparsity)
+        m, threshold = answer(statistics, mode, sparsity)
         assert m.dtype == threshold.dtype == np.float32
         residuals = np.abs(values - m)
         exact = np.quantile(residuals, sparsity, method="inverted_cdf")
         assert np.mean(residuals <= threshold) == pytest.approx(np.mean(residuals <= exact), abs=0.002)
-        assert statistics.sparsity(m, threshold) == pytest.approx(np.mean(residuals <= threshold), abs=0.002)
+        assert statistics.sparsity(Criterion(m, threshold)) == pytest.approx(
+            np.mean(residuals <= threshold), abs=0.002
+        )
 
 
 def test_modes_against_numpy() -> None:
     values = (RNG.gamma(2.0, 1.0, 500_000) - 1.0).astype(np.float32)
     statistics = fed(values)
-    assert statistics.solve("zero", 0.5)[0] == 0
-    assert statistics.solve("mean", 0.5)[0] == pytest.approx(values.mean(dtype=np.float64), abs=1e-6)
-    median = statistics.solve("median", 0.5)[0]
+    assert statistics.solve("zero", 0.5).mode == 0
+    assert statistics.solve("mean", 0.5).mode == pytest.approx(values.mean(dtype=np.float64), abs=1e-6)
+    median = statistics.solve("median", 0.5).mode
     assert np.mean(values <= median) == pytest.approx(0.5, abs=0.002)
-    assert statistics.solve("kde", 0.5)[0] == pytest.approx(0.0, abs=0.1)  # the density of gamma(2) - 1 peaks at 0
+    assert statistics.solve("kde", 0.5).mode == pytest.approx(0.0, abs=0.1)  # the density of gamma(2) - 1 peaks at 0
 
 
 def test_the_kde_finds_the_higher_of_two_peaks() -> None:
     values = np.concatenate([RNG.normal(-2, 0.3, 60_000), RNG.normal(3, 0.3, 40_000)])
-    assert fed(values).solve("kde", 0.3)[0] == pytest.approx(-2, abs=0.1)
+    assert fed(values).solve("kde", 0.3).mode == pytest.approx(-2, abs=0.1)
 
 
 def test_memory_does_not_grow_with_the_number_of_values() -> None:
@@ -107,5 +116,5 @@ def test_what_fits_into_the_sketch_is_exact(values: list[float], sparsity: float
     array = np.array(values, dtype=np.float32)
     if not array.any():
         return
-    _, threshold = fed(array, batches).solve("zero", sparsity)
+    _, threshold = answer(fed(array, batches), "zero", sparsity)
     assert threshold == np.quantile(np.abs(array), sparsity, method="inverted_cdf")

@@ -17,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer, words
 from torch.utils.data import DataLoader
 
 from optimum_scap import SCAPConfig, SCAPError, sparsify_activations
+from optimum_scap.data.named import with_length
 from optimum_scap.openvino import dataset as openvino_dataset
 from optimum_scap.openvino.dataset import build_samples as build_openvino_samples
 from optimum_scap.torch.dataset import build_samples as build_torch_samples
@@ -230,7 +231,7 @@ def test_the_same_for_openvino(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_named_datasets_are_cut_too(name: str, expected: str) -> None:
-    assert openvino_dataset._with_length(name, 256, LIMITED["roberta"]().config, tiny_tokenizer()) == expected
+    assert with_length(name, 256, LIMITED["roberta"]().config, tiny_tokenizer()) == expected
 
 
 def test_text_that_a_model_writes_fits_too() -> None:

@@ -182,7 +182,7 @@ import resource, signal, sys
 from pathlib import Path
 import openvino as ov
 from optimum_scap import SCAPError
-from optimum_scap.openvino.folder import save_model
+from optimum_scap.openvino.files import save_model
 model = ov.Core().read_model({str(tiny / "dense" / "openvino_model.xml")!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({100 * 2**10}, {100 * 2**10}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_scap.openvino.folder import read_folder_parameters
+from optimum_scap.openvino.files import read_folder_parameters
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -16,9 +16,9 @@ from optimum_scap import SCAPParameters, sparsify_activations
 from optimum_scap.commands.record import RECORD
 from optimum_scap.data.text import token_windows
 from optimum_scap.evaluation.perplexity import perplexity
-from optimum_scap.openvino.backend import measure_sparsity, named_layers, read_parameters
-from optimum_scap.openvino.folder import read_folder_parameters
-from optimum_scap.openvino.graph import evaluate_weights
+from optimum_scap.openvino.backend import measure_sparsity, read_parameters
+from optimum_scap.openvino.files import read_folder_parameters
+from optimum_scap.openvino.graph import evaluate_weights, named_layers
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 
@@ -107,7 +107,7 @@ def test_logits_equal_a_plain_torch_simulation(
     torch_model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     modules = dict(torch_model.named_modules())
     with torch.no_grad():
-        for layer in named_layers(dense):
+        for layer in named_layers(dense).values():
             if layer.path in modules:  # lm_head shares its weights with the embedding, in the IR as in torch
                 modules[layer.path].weight.copy_(torch.from_numpy(evaluate_weights(layer)))
 
@@ -174,8 +174,8 @@ def test_apply_to_an_int4_folder_from_jsonl(dense_int4: Path, texts: tuple[Path,
     assert result.returncode == 0, result.stderr
     layers = parameters_of(tmp_path / "out").layers
     assert len(layers) == 87
-    assert {layer.method for layer in layers.values() if layer.role == "down"} == {"kde"}
-    assert {layer.method for layer in layers.values() if layer.role == "up"} == {"zero"}
+    assert {layer.estimator for layer in layers.values() if layer.role == "down"} == {"kde"}
+    assert {layer.estimator for layer in layers.values() if layer.role == "up"} == {"zero"}
     with pytest.raises(ValueError, match="dense"):
         read_folder_parameters(dense_int4)  # the source folder is untouched
 

@@ -28,7 +28,7 @@ from optimum_scap.data.text import token_windows
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers
-from optimum_scap.torch.folder import kernel_shapes
+from optimum_scap.torch.checkpoint import kernel_shapes
 
 
 SMALL = ("--scap-num-samples", "8", "--scap-seq-len", "128", "--device", "cpu", "--dtype", "float32")
@@ -140,7 +140,7 @@ def test_pipelines(sparse_torch: Path) -> None:
 def test_info_of_a_checkpoint_needs_no_openvino(
     sparse_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "optimum_scap.openvino.folder", None)  # as where OpenVINO is not installed
+    monkeypatch.setitem(sys.modules, "optimum_scap.openvino.files", None)  # as where OpenVINO is not installed
     result = optimum_cli_in_process("scap", "info", sparse_torch, "--json", tmp_path / "parameters.json")
     assert result.returncode == 0, result.stderr
     assert len(load_parameters(tmp_path / "parameters.json").layers) == 90
@@ -158,7 +158,7 @@ def test_parameters_from_a_file_on_either_backend(tiny: Path, tmp_path: Path) ->
     reference = {
         path: {
             "module_name": path,
-            "demode_method": layer.method,
+            "demode_method": layer.estimator,
             "mode": layer.mode,
             "threshold": layer.threshold,
             "target_sparsity": layer.target_sparsity,
@@ -221,7 +221,7 @@ def test_export_to_openvino_keeps_the_thresholds(sparse_torch: Path, texts: tupl
     assert "Unknown quantization type" not in result.stderr
     assert ops.keys() == expected.layers.keys()
     for path, layer in expected.layers.items():
-        assert (ops[path].mode, ops[path].threshold) == (layer.mode, layer.threshold)
+        assert ops[path].criterion.key == (layer.mode, layer.threshold, None)
     assert load_parameters_of(output, tmp_path).layers == expected.layers  # scap info reads the IR, too
     # Until rounding flips a first activation, which takes some tokens, both compute the same.
     torch_model = AutoModelForCausalLM.from_pretrained(sparse_torch)

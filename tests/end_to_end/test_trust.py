@@ -12,8 +12,8 @@ from command_line import optimum_cli_in_process
 
 from optimum_scap import SCAPError, disk
 from optimum_scap.commands.record import RECORD, unaccounted
-from optimum_scap.openvino import folder as openvino_folder
-from optimum_scap.openvino.folder import files_to_copy, read_folder_parameters
+from optimum_scap.openvino import files as openvino_folder
+from optimum_scap.openvino.files import files_to_copy, read_folder_parameters
 
 
 CALIBRATION = ("--scap", "0.5", "--scap-num-samples", "2", "--scap-seq-len", "32", "--scap-dataset")
@@ -200,7 +200,7 @@ import io
 from pathlib import Path
 from command_line import optimum_cli_in_process
 from optimum_scap import disk
-from optimum_scap.openvino import folder
+from optimum_scap import folders as folder
 folder.check_space = lambda *_: None  # the disk fills up behind the check
 disks, *command = sys.argv[1:]
 for disk_folder in sorted(Path(disks).iterdir()):
@@ -314,7 +314,7 @@ import optimum.intel, openvino, torch
 from optimum.commands import optimum_cli as script
 import optimum_scap.openvino.modeling
 from optimum_scap.commands.record import unaccounted
-from optimum_scap.openvino.folder import read_folder_parameters  # noqa: F401
+from optimum_scap.openvino.files import read_folder_parameters  # noqa: F401
 kills, output, *command = sys.argv[1:]
 output, moments = Path(output), random.Random(11)
 

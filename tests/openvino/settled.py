@@ -24,9 +24,9 @@ def is_settled(model: ov.Model, inputs: Mapping[str, np.ndarray], rounding: floa
     found = compiled({name: value for name, value in inputs.items() if name in names})
     settled = np.array(True)
     for index, match in enumerate(ops):
-        size = np.sqrt(np.mean(np.square(found[index]), axis=-1, keepdims=True)) + abs(match.mode)
+        size = np.sqrt(np.mean(np.square(found[index]), axis=-1, keepdims=True)) + abs(match.criterion.mode)
         # A channel of next to nothing makes no difference, pruned or not: many are 0 behind a ReLU, and so is t then.
-        near = np.abs(found[index] - np.float32(match.threshold)) < rounding * size
+        near = np.abs(found[index] - np.float32(match.criterion.threshold)) < rounding * size
         near &= found[index] > rounding * size
         settled = settled & ~near.any(axis=-1)
     return settled

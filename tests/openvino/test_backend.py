@@ -10,8 +10,8 @@ from synthetic import FORMATS, HIDDEN, compressed, gated_ffn, samples
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
 from optimum_scap.core.parameters import LayerParameters
-from optimum_scap.openvino.backend import measure_sparsity, named_layers, read_parameters
-from optimum_scap.openvino.graph import evaluate_constant, evaluate_weights, find_fully_connected
+from optimum_scap.openvino.backend import measure_sparsity, read_parameters
+from optimum_scap.openvino.graph import evaluate_constant, evaluate_weights, find_fully_connected, named_layers
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 
@@ -25,7 +25,7 @@ def infer(model: ov.Model, sample: dict[str, np.ndarray]) -> np.ndarray:
 
 def simulate(dense: ov.Model, parameters, x: np.ndarray) -> np.ndarray:
     """The SCAP formula in float64 with the dequantised weights of `dense`; masks are decided in float32."""
-    layers = {layer.path: layer for layer in named_layers(dense)}
+    layers = named_layers(dense)
 
     def linear(path: str, value: np.ndarray) -> np.ndarray:
         layer, found = layers[path], parameters.layers.get(path)
@@ -124,8 +124,8 @@ def test_decode_only_prunes_forwards_of_one_token_per_sequence(mode: str, tmp_pa
     ov.save_model(decode, tmp_path / "model.xml", compress_to_fp16=False)
     decode = ov.Core().read_model(tmp_path / "model.xml")
     assert [match.decode_only for match in find_threshold_ops(decode)] == [True] * 6
-    assert [match.threshold for match in find_threshold_ops(decode)] == [
-        match.threshold for match in find_threshold_ops(everywhere)
+    assert [match.criterion.threshold for match in find_threshold_ops(decode)] == [
+        match.criterion.threshold for match in find_threshold_ops(everywhere)
     ]
     assert measure_sparsity(decode, data[:1]).keys() == read_parameters(decode).layers.keys()
     for tokens, expected in ((1, everywhere), (2, dense), (40, dense)):
@@ -233,7 +233,7 @@ def test_padding_in_a_decoder_behind_an_encoder() -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_measured_sparsity_is_an_average_over_tokens(flat: bool) -> None:
     path = "layers.0.fc1"
-    layer = LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
+    layer = LayerParameters(role="up", estimator="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
     parameters = SCAPParameters(version="1", config=SCAPConfig.from_spec("up=0.5"), layers={path: layer})
     model = sparsify_activations(masked_layer(path, flat), parameters)
     half = np.full((1, 1, HIDDEN), 2, dtype=np.float32)
@@ -270,7 +270,9 @@ def test_parameters_survive_saving(tmp_path) -> None:
     reloaded = ov.Core().read_model(tmp_path / "model.xml")
     assert read_parameters(reloaded) == read_parameters(model)
     assert read_parameters(reloaded).config.targets == CONFIG.targets
-    assert [m.threshold for m in find_threshold_ops(reloaded)] == [m.threshold for m in find_threshold_ops(model)]
+    assert [m.criterion.threshold for m in find_threshold_ops(reloaded)] == [
+        m.criterion.threshold for m in find_threshold_ops(model)
+    ]
 
 
 def test_thresholds_are_recognised_after_compression_to_fp16(tmp_path) -> None:
@@ -316,10 +318,11 @@ def test_experts_are_not_left_out_silently(caplog: pytest.LogCaptureFixture) -> 
     experts = opset.matmul(x, opset.constant(np.ones((1, 8, HIDDEN), dtype=np.float32)), False, True)
     experts.set_friendly_name("__module.model.layers.0.mlp.experts/aten::bmm/MatMul")
     model.add_results([opset.result(experts)])
+    config = SCAPConfig.from_spec("0.5", include=("experts",))
     with pytest.raises(SCAPError, match="no fully connected layer is left.*experts of a mixture-of-experts model"):
-        sparsify_activations(model, "q=0.5", samples())
+        sparsify_activations(model, config, samples())
     sparsify_activations(model, "0.5", samples())
-    assert "experts of this mixture-of-experts model stay dense" in caplog.text
+    assert "model.layers.0.mlp.experts: experts of a mixture-of-experts model are not pruned yet" in caplog.text
 
 
 def test_include_and_exclude_select_layers() -> None:
@@ -368,14 +371,16 @@ def test_what_comes_with_parameters_is_not_acted_on(tmp_path) -> None:
     """Patterns and the dataset say where parameters are from; the layers they are for are named by their paths."""
     dense, config = gated_ffn(), SCAPConfig.from_spec("up=0.5", include=("elsewhere",), exclude=("proj",))
     config = config.model_copy(update={"dataset": str(tmp_path / "missing.txt")})
-    layer = LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
+    layer = LayerParameters(role="up", estimator="zero", target_sparsity=0.5, mode=0.0, threshold=1.0)
     layers = {"model.layers.0.mlp.up_proj": layer}
     parameters = SCAPParameters(version="1", config=config, layers=layers)
     assert read_parameters(sparsify_activations(dense, parameters)) == parameters
     with pytest.raises(SCAPError, match="already holds SCAP"):
         sparsify_activations(dense, parameters)
     unknown = parameters.model_copy(update={"layers": {"a\nb": layer}})
-    with pytest.raises(SCAPError, match=r"layer a\\nb does not exist in the model .* has, for example, model\.layers"):
+    with pytest.raises(
+        SCAPError, match=r"layer a\\nb does not exist in the model; the model has, for example, model\.layers"
+    ):
         sparsify_activations(gated_ffn(), unknown)
     x = opset.parameter([1, 3], np.float32)
     with pytest.raises(SCAPError, match="has no fully connected layer"):

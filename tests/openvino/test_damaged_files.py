@@ -21,13 +21,13 @@ import json, sys
 from pathlib import Path
 import numpy as np, openvino as ov
 from optimum_scap import SCAPError
-from optimum_scap.openvino.folder import _read_model
+from optimum_scap.openvino.files import read_model
 library, hidden, *models = json.loads(sys.stdin.read())
 core = ov.Core()
 for model in models:
     print(model, end=" ", flush=True)
     try:
-        compiled = core.compile_model(_read_model(Path(model), Path(library)), "CPU", {"INFERENCE_NUM_THREADS": 1})
+        compiled = core.compile_model(read_model(Path(model), Path(library)), "CPU", {"INFERENCE_NUM_THREADS": 1})
         for tokens in (1, 3, 40):
             compiled(np.ones((1, tokens, hidden), np.float32))
     except (RuntimeError, SCAPError) as error:

@@ -15,8 +15,9 @@ from tiny_models import tiny_model, tiny_samples
 import optimum_scap
 from optimum_scap import SCAPError, SCAPParameters, sparsify_activations
 from optimum_scap.checkpoint import check_checkpoint
+from optimum_scap.folders import export_checkpoint
 from optimum_scap.torch.backend import read_parameters
-from optimum_scap.torch.folder import export_checkpoint, is_torch_folder, kernel_shapes, read_folder_parameters
+from optimum_scap.torch.checkpoint import is_torch_folder, kernel_shapes, read_folder_parameters
 
 
 OURS = Path(optimum_scap.__file__).parent

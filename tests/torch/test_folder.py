@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 from optimum_scap import SCAPError, sparsify_activations
-from optimum_scap.torch.folder import kernel_shapes
+from optimum_scap.torch.checkpoint import kernel_shapes
 from optimum_scap.torch.prunable import in_features, is_conv1d
 
 

@@ -14,9 +14,9 @@ from tiny_models import CONFIGS, tiny_model, tiny_samples
 from torch import nn
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
+from optimum_scap.folders import export_checkpoint
 from optimum_scap.torch import saving
 from optimum_scap.torch.backend import pruned_layers, read_parameters
-from optimum_scap.torch.folder import export_checkpoint
 
 
 @pytest.fixture(scope="module")

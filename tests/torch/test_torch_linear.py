@@ -22,7 +22,9 @@ from optimum_scap.core.parameters import LayerParameters
 from optimum_scap.torch import linear as layers
 from optimum_scap.torch.backend import pruned_layers
 from optimum_scap.torch.blocks.gated import _GatedForward
-from optimum_scap.torch.linear import SCAPLinear, convert, is_fully_connected
+from optimum_scap.torch.convert import convert
+from optimum_scap.torch.linear import SCAPLinear
+from optimum_scap.torch.prunable import is_fully_connected
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,8 @@ from torch import nn
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
 from optimum_scap.core.parameters import LayerParameters
-from optimum_scap.torch.backend import _Runner, measure_sparsity, pruned_layers
+from optimum_scap.torch.backend import measure_sparsity, pruned_layers
+from optimum_scap.torch.collect import ModelRun
 
 
 EVERYTHING = "q=0.5,k=0.5,v=0.5,o=0.5,up=0.5,down=0.5"
@@ -151,7 +152,7 @@ def test_a_vision_tower_takes_no_part_in_text() -> None:
         "attention_mask": torch.tensor([[1, 1, 1, 1, 0]]),
     }
     seen: dict[str, list[int]] = {}
-    runner = _Runner(model := tf.LlavaForConditionalGeneration(config).eval(), {}, [])
+    runner = ModelRun(model := tf.LlavaForConditionalGeneration(config).eval(), {}, {})
     for path, module in model.named_modules():
         if path.endswith("fc1"):
             module.register_forward_pre_hook(

@@ -33,11 +33,12 @@ def test_quantiles_of_a_stream_that_is_thinned_out(kind: str) -> None:
     everything = np.concatenate(values)
     for method in ("zero", "median"):
         for sparsity in (0.05, 0.35, 0.55, 0.9, 0.99):
-            mode, threshold = statistics.solve(method, sparsity)
+            criterion = statistics.solve(method, sparsity)
+            mode, threshold = criterion.mode, criterion.threshold
             realised = np.mean(np.abs(everything - mode) <= threshold)
             assert realised == pytest.approx(sparsity, abs=0.002)
-    assert np.mean(everything <= statistics.solve("median", 0.5)[0]) == pytest.approx(0.5, abs=0.002)
-    assert statistics.solve("mean", 0.5)[0] == pytest.approx(everything.mean(), abs=1e-3 * float(everything.std()))
+    assert np.mean(everything <= statistics.solve("median", 0.5).mode) == pytest.approx(0.5, abs=0.002)
+    assert statistics.solve("mean", 0.5).mode == pytest.approx(everything.mean(), abs=1e-3 * float(everything.std()))
 
 
 def test_memory_stays_bounded_and_weights_exact() -> None:
@@ -60,7 +61,7 @@ def test_the_same_answers_as_on_the_host_while_the_stream_is_short() -> None:
         torch_statistics.add(batch.to(DEVICE))
         numpy_statistics.add(batch.numpy())
     for method in ("zero", "median", "kde"):
-        assert torch_statistics.solve(method, 0.4) == numpy_statistics.solve(method, 0.4)
+        assert torch_statistics.solve(method, 0.4).key == numpy_statistics.solve(method, 0.4).key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -68,7 +69,7 @@ def test_half_precision_values_are_thresholds_themselves(dtype: torch.dtype) -> 
     statistics = TorchActivationStatistics("layer")
     x = torch.randn(256, 512).to(dtype)
     statistics.add(x.to(DEVICE))
-    _, threshold = statistics.solve("zero", 0.5)
+    threshold = statistics.solve("zero", 0.5).threshold
     assert (x.float().abs() == float(threshold)).any()
     assert float((x.float().abs() <= float(threshold)).float().mean()) == pytest.approx(0.5, abs=0.004)
 
@@ -76,7 +77,7 @@ def test_half_precision_values_are_thresholds_themselves(dtype: torch.dtype) -> 
 def test_constant_zero_nan_and_empty() -> None:
     statistics = TorchActivationStatistics("layer")
     statistics.add(torch.full((4, 8), 3.0, device=DEVICE))
-    assert statistics.solve("median", 0.5) == (3.0, 0.0)
+    assert statistics.solve("median", 0.5).key == (3.0, 0.0, None)
     for values, message in (
         (torch.zeros(4, 8), "layer bad: all of its input activations are zero"),
         (torch.tensor([1.0, float("nan")]), "layer bad: .*NaN or infinite"),
@@ -95,7 +96,7 @@ def test_the_same_seed_gives_the_same_thresholds() -> None:
         statistics = TorchActivationStatistics("layer", seed=7)
         for batch in stream("normal", 20):
             statistics.add(batch.to(DEVICE))
-        answers.append(statistics.solve("median", 0.5))
+        answers.append(statistics.solve("median", 0.5).key)
     assert answers[0] == answers[1]
 
 
@@ -109,4 +110,4 @@ def test_no_synchronisation_while_statistics_are_collected() -> None:
             statistics.add(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert statistics.solve("zero", 0.5)[1] > 0
+    assert statistics.solve("zero", 0.5).threshold > 0

@@ -11,40 +11,33 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.roles import SHARED_INPUTS, find_role
+from ..dispatch import MAX_SPARSE_ROWS, Way, is_recorded, way_of
+from ..given import GivenOutput
 from ..kernels import linear_group, sparse_linear_group
-from ..linear import MAX_SPARSE_ROWS, GivenOutput, SCAPLinear, is_recorded
+from ..linear import SCAPLinear
+from .base import Block
+from .dense import DenseLinear
 
 
-class DenseLinear(nn.Linear):
-    """An nn.Linear of a sparse model that is left dense. One token on a GPU goes through a kernel of ours."""
+class SharedInputBlock(Block):
+    """A module with child layers over its first input."""
 
-    scap_given: GivenOutput | None = None
+    def matches(self, block: nn.Module, names: tuple[str, ...]) -> bool:
+        layers: list[Any] = [getattr(block, name) for name in names]
+        kinds = {type(layer) for layer in layers}
+        return kinds in ({SCAPLinear}, {DenseLinear}) and len({layer.in_features for layer in layers}) == 1
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
-        # Many tokens are sorted out first: prefill waits for Python. A recorded size is no int.
-        size = input.numel()
-        if type(size) is int and size == self.in_features and not is_recorded():
-            given = self.scap_given
-            if given is not None and (output := given.take(input)) is not None:
-                return output
-            if self.runs_our_kernel(input):
-                return linear_group(input, [self.weight], [self.bias])[0]
-        return F.linear(input, self.weight, self.bias)
-
-    def runs_our_kernel(self, x: Tensor) -> bool:
-        """Whether a forward of one token `x` `[..., in_features]` runs the kernel."""
-        if not _on_gpu(x) or torch.is_autocast_enabled(x.device.type):
-            return False
-        weight = self.weight
-        if x.dtype != weight.dtype or x.device != weight.device or weight.stride(-1) != 1:
-            return False
-        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    def convert(self, block: nn.Module, names: tuple[str, ...]) -> None:
+        cls: Any = type(block)
+        block.__class__ = _shared_class(cls)
+        block.scap_together = names  # type: ignore[assignment]
+        layers: list[Any] = [getattr(block, name) for name in names]
+        block.scap_prune_alike = prune_alike(layers)  # type: ignore[assignment]
+        for layer in layers:
+            layer.scap_given = GivenOutput()
 
 
 class _SharedInputForward:
@@ -104,18 +97,20 @@ def give_outputs(x: Tensor, layers: Sequence[Any], prune_alike: bool) -> bool:
 
 def _pruned_outputs(x: Tensor, layers: Sequence[Any], prune_alike: bool) -> list[Tensor] | None:
     first = layers[0]
-    if x.numel() <= MAX_SPARSE_ROWS * x.shape[-1] and all(layer.runs_sparse(x) for layer in layers):
+    way = way_of(x, *layers)
+    if way is Way.SPARSE:
         return sparse_linear_group(
             x,
             [layer.weight for layer in layers],
             [layer.kernel_bias() for layer in layers],
             thresholds=[layer.scap_threshold for layer in layers],
             modes=[layer.scap_mode for layer in layers],
+            scales=[layer.scap_scale for layer in layers],
         )
-    if not prune_alike or first.runs_dense(x) or first.weight.device != x.device:
+    if way is not Way.PRUNED or not prune_alike or first.weight.device != x.device:
         return None
     pruned = first.pruned_input(x)
-    return [F.linear(pruned, layer.weight, layer.bias) for layer in layers]
+    return [F.linear(pruned, layer.weight, layer.pruned_bias()) for layer in layers]
 
 
 def prune_alike(layers: Sequence[Any]) -> bool:
@@ -123,48 +118,16 @@ def prune_alike(layers: Sequence[Any]) -> bool:
     return all(type(layer) is SCAPLinear for layer in layers) and all(
         (layer.scap_mode, layer.scap_threshold, layer.scap_apply_to)
         == (layers[0].scap_mode, layers[0].scap_threshold, layers[0].scap_apply_to)
+        and _same_scale(layer.scap_scale, layers[0].scap_scale)
         for layer in layers
     )
 
 
-def share_inputs(model: nn.Module) -> None:
-    """Has the layers of every block of `model` that share an input run together, in place.
-
-    Of layers that are not pruned, those of a known role become DenseLinear, so that they can take part.
-    """
-    for path, module in model.named_modules():
-        # accelerate's hooks replace the forward of an instance, and call what they found there
-        if type(module) is nn.Linear and find_role(path) is not None and "forward" not in vars(module):
-            module.__class__ = DenseLinear
-    for path, block in list(model.named_modules()):
-        # `scap_activation`: a gated block that does it by itself
-        if "forward" in vars(block) or hasattr(block, "scap_together") or hasattr(block, "scap_activation"):
-            continue
-        together = _layers_over_one_input(path, block)
-        if together:
-            cls: Any = type(block)
-            block.__class__ = _shared_class(cls)
-            block.scap_together = together
-            layers: list[Any] = [getattr(block, name) for name in together]
-            block.scap_prune_alike = prune_alike(layers)
-            for layer in layers:
-                layer.scap_given = GivenOutput()
-
-
-def _layers_over_one_input(path: str, block: nn.Module) -> tuple[str, ...]:
-    """Names of children of `block` that can run together: its q, k and v, or its gate and up; () if there are none."""
-    by_role: dict[str | None, list[str]] = {}
-    for name, child in block.named_children():
-        if type(child) in (SCAPLinear, DenseLinear):
-            by_role.setdefault(find_role(f"{path}.{name}"), []).append(name)
-    for roles in SHARED_INPUTS:
-        found = [by_role.get(role, []) for role in roles]
-        if all(len(names) == 1 for names in found):
-            names = tuple(names[0] for names in found)
-            layers = [getattr(block, name) for name in names]
-            if len({type(layer) for layer in layers}) == 1 and len({layer.in_features for layer in layers}) == 1:
-                return names
-    return ()
+def _same_scale(a: Tensor | None, b: Tensor | None) -> bool:
+    # On the meta device they are not known yet.
+    if a is None or b is None:
+        return a is b
+    return not a.is_meta and not b.is_meta and a.shape == b.shape and bool((a == b).all())
 
 
 def _new_block(cls: type) -> Any:
@@ -175,7 +138,3 @@ def _new_block(cls: type) -> Any:
 @cache
 def _shared_class(cls: type) -> Any:
     return type(cls.__name__, (_SharedInputForward, cls), {"__module__": cls.__module__})
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda

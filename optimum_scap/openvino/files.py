@@ -1,20 +1,20 @@
-"""SCAP on a folder that optimum-intel exported."""
+"""A folder that optimum-intel exported: the models in it, and copying and writing them."""
 
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 from pydantic import ValidationError
 
-from ..core.config import SCAPConfig, describe_validation_error
-from ..core.parameters import SCAPParameters, checkpoint_parameters, merge_parameters
-from ..disk import DiskFullError, check_space, free_bytes, is_disk_full
+from ..core.config import describe_validation_error
+from ..core.parameter_files import checkpoint_parameters
+from ..core.parameters import SCAPParameters
+from ..disk import DiskFullError, free_bytes, is_disk_full
 from ..errors import SCAPError, first_line
-from ..tasks import infer_task
 from .backend import read_parameters
 from .fused_ir import is_fused, read_fused_ir, readable
 from .optimum_intel import quiet_offline_guess
@@ -70,7 +70,7 @@ def read_folder_parameters(folder: Path) -> dict[str, SCAPParameters]:
             fused, is_sparse = True, True
             parameters = _fused_parameters(path)
         else:
-            model = _read_model(path)
+            model = read_model(path)
             parameters = read_parameters(model)
             is_sparse = parameters is not None or bool(find_threshold_ops(model))
         if parameters is None and is_sparse and (folder / "config.json").is_file():
@@ -92,127 +92,32 @@ def _fused_parameters(path: Path) -> SCAPParameters | None:
         raise SCAPError(f"{path}: its SCAP parameters are damaged: {describe_validation_error(error)}") from error
 
 
-def sparsify_folder(
-    source: Path,
-    output: Path,
-    config: SCAPConfig | SCAPParameters,
-    *,
-    task: str = "auto",
-    library: str | None = None,
-    trust_remote_code: bool = False,
-    tokenizer: str | Path | None = None,
-    on_calibrated: Callable[[SCAPParameters], None] | None = None,
-) -> None:
-    """Sparsifies the exported OpenVINO model in `source` and writes the whole folder to `output`.
-
-    Args:
-        source: the exported model.
-        output: an empty folder, or `source` itself, which nothing else must be using then.
-        config: what to prune and how to calibrate, or parameters to apply without calibration.
-        task: the task it was exported for; `auto` reads it from the config.
-        library: `transformers` unless given.
-        trust_remote_code: whether the model may bring code of its own.
-        tokenizer: where to load the tokenizer from if the folder has none.
-        on_calibrated: called with what calibration found before anything is written.
-
-    Raises:
-        SCAPError: if the model cannot be loaded, sparsified or written, or the disk has no space for it.
-    """
-    from ..sparsify import sparsify_activations
-
-    check_folder(source)
-    copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
-    output.mkdir(parents=True, exist_ok=True)
-    check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
-    if task == "auto":
-        task = infer_task(source, trust_remote_code)
-    model = load_optimum_model(source, task, library, trust_remote_code)
-    has_tokenizer = (source / "tokenizer_config.json").exists() or (source / "tokenizer.json").exists()
-    tokenizer = source if has_tokenizer or tokenizer is None else tokenizer
-    sparsify_activations(model, config, tokenizer=str(tokenizer), trust_remote_code=trust_remote_code)
-
-    changed: dict[str, ov.Model] = {}
-    found: list[SCAPParameters] = []
-    for name, relative in model._ov_model_paths.items():
-        parameters = read_parameters(submodel := model.ov_models[name])
-        if parameters is not None:
-            changed[relative] = submodel
-            found.append(parameters)
-    if on_calibrated is not None and found:
-        on_calibrated(merge_parameters(found))
-    _copy_files(copied, output, without=_ir_files(changed))
-    written = [_save_beside(submodel, output / relative) for relative, submodel in changed.items()]
-    # The files that are replaced are mapped into memory as long as the model lives.
-    del model, submodel, changed
-    _replace(written)
-
-
-def fuse_folder(source: Path, output: Path, precision: str | None = None) -> Path:
-    """Fuses the sparse models in `source` and writes the whole folder to `output` (empty, or `source` itself).
-
-    Args:
-        source: the exported sparse model.
-        output: an empty folder, or `source` itself, which nothing else must be using then.
-        precision: of the operations, for good: only the classes of this package can change it when they load the
-            model. `f32`, `split` or `bf16`, see `extension.nodes.create_linear`; by default bf16 where this CPU has
-            it, else split.
-
-    Returns:
-        The compiled extension, without which the result cannot be read.
-
-    Raises:
-        SCAPError: if nothing in the folder can be fused, something in it is fused already, the extension cannot be
-            built, or the disk has no space.
-    """
-    from .extension.build import build_extension
-    from .fuse import is_operation
-    from .modeling import extend_core, fused_clone
-
-    check_is_portable(source)
-    copied = {} if output.resolve() == source.resolve() else files_to_copy(source)
-    output.mkdir(parents=True, exist_ok=True)
-    check_space(output, _size([*copied.values(), *_model_and_weights(source)]))
-    library = build_extension()
-    extend_core(library)
-    fused = {}
-    for path in model_files(source):
-        model = _read_model(path)
-        clone = fused_clone(model, precision=precision)
-        if any(is_operation(node) for node in clone.get_ops()):
-            fused[str(path.relative_to(source))] = clone
-    if not fused:
-        raise SCAPError(f"model folder {source}: no layer can be fused, their weights are of kinds that stay stock")
-    _copy_files(copied, output, without=_ir_files(fused))
-    written = [_save_beside(clone, output / relative, library) for relative, clone in fused.items()]
-    del fused, model, clone
-    _replace(written)
-    return library
-
-
-def _save_beside(model: ov.Model, target: Path, library: Path | None = None) -> tuple[Path, Path]:
-    """Saves `model` under a temporary name; (temporary, target) for `_replace`."""
+def save_beside(model: ov.Model, target: Path, library: Path | None = None) -> tuple[Path, Path]:
+    """Saves `model` under a temporary name; (temporary, target) for `put_in_place`."""
     temporary = target.with_name(f"{target.stem}.new.xml")
     save_model(model, temporary, library)
     return temporary, target
 
 
-def _replace(written: list[tuple[Path, Path]]) -> None:
+def put_in_place(written: list[tuple[Path, Path]]) -> None:
+    """Has the IRs that `save_beside` wrote take the places of those that they were made of."""
     gc.collect()
     for temporary, target in written:
         for suffix in (".bin", ".xml"):
             temporary.with_suffix(suffix).replace(target.with_suffix(suffix))
 
 
-def _model_and_weights(folder: Path) -> list[Path]:
+def model_and_weights(folder: Path) -> list[Path]:
+    """The files of every IR in `folder`."""
     return [path.with_suffix(suffix) for path in model_files(folder) for suffix in (".xml", ".bin")]
 
 
-def _size(files: Iterable[Path]) -> int:
+def size_of(files: Iterable[Path]) -> int:
     """Bytes of `files`, each counted once."""
     return sum(path.stat().st_size for path in set(files) if path.exists())
 
 
-def _ir_files(models: Iterable[str]) -> set[str]:
+def ir_files(models: Iterable[str]) -> set[str]:
     """The files of IRs that are called `models`, paths within their folder."""
     return {Path(name).with_suffix(suffix).as_posix() for name in models for suffix in (".xml", ".bin")}
 
@@ -252,7 +157,12 @@ def _is_blob(path: Path) -> bool:
     return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
 
 
-def _copy_files(files: Mapping[str, Path], output: Path, without: set[str]) -> None:
+def copy_files(files: Mapping[str, Path], output: Path, without: set[str]) -> None:
+    """Copies the files of a model folder, see `files_to_copy`, to `output`.
+
+    Raises:
+        SCAPError: if one cannot be read or written.
+    """
     for name in files.keys() - without:
         try:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +183,7 @@ def save_model(model: ov.Model, path: Path, library: Path | None = None) -> None
     """
     try:
         ov.save_model(model, str(path), compress_to_fp16=False)
-        _read_model(path, library)
+        read_model(path, library)
     except (RuntimeError, OSError, SCAPError) as error:
         if is_disk_full(error, path.parent):
             raise DiskFullError(path.parent) from error
@@ -308,12 +218,17 @@ def load_optimum_model(folder: Path, task: str, library: str | None = None, trus
 
 
 def _has_cache(folder: Path) -> bool:
-    model = _read_model(folder / "openvino_model.xml")
+    model = read_model(folder / "openvino_model.xml")
     names = {name for port in model.inputs for name in port.get_names()}
     return bool(model.get_sinks()) or any(name.startswith(("past_key_values", "cache_params")) for name in names)
 
 
-def _read_model(path: Path, library: Path | None = None) -> ov.Model:
+def read_model(path: Path, library: Path | None = None) -> ov.Model:
+    """The IR at `path`; with the extension `library`, if it holds the C++ operations.
+
+    Raises:
+        SCAPError: if it cannot be read.
+    """
     if not path.with_suffix(".bin").exists():
         raise SCAPError(f"{path} has no weights: {path.with_suffix('.bin').name} is missing")
     if library is None and is_fused(path):

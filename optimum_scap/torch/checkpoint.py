@@ -1,16 +1,14 @@
-"""Sparse PyTorch checkpoints: from a model to a folder, and what a folder holds."""
+"""PyTorch checkpoints: what a folder holds, and loading the model in it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_loaded, check_quantization_method
-from ..core.config import SCAPConfig
-from ..core.parameters import QUANT_METHOD, SCAPParameters, checkpoint_parameters
-from ..core.roles import SHARED_INPUTS, find_role
-from ..disk import check_space
+from ..core.parameter_files import checkpoint_parameters
+from ..core.parameters import QUANT_METHOD, SCAPParameters
+from ..core.sites import layers_in_one_block
 from ..errors import SCAPError, first_line, raise_interruption_behind
-from ..sparsify import sparsify_activations
 from ..tasks import check_model_exists, infer_task
 
 
@@ -52,18 +50,19 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
     except (OSError, SafetensorError) as error:
         raise SCAPError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
     found: dict[Any, set[tuple[int, tuple[int, ...]]]] = {}
-    layers = read_folder_parameters(folder).layers
+    parameters = read_folder_parameters(folder)
+    layers = parameters.layers
     absent = [path for path in layers if path not in shapes]
     if absent:
         raise SCAPError(f"{folder}: the weights of layer {absent[0]} are missing")
     for path in _conv1d_layers(folder, layers):  # which hold their weights the other way round
         dtype, in_features, out_features = shapes[path]
         shapes[path] = (dtype, out_features, in_features)
-    for path in layers:
-        dtype, _, in_features = shapes[path]
-        together = _layers_over_one_input(path, layers)
-        if path == together[0]:
-            found.setdefault(dtype, set()).add((in_features, tuple(shapes[sibling][1] for sibling in together)))
+    families = layers_in_one_block(parameters.found_sites(), layers)
+    together = {path for family in families for path in family}
+    for family in [*families, *((path,) for path in layers if path not in together)]:
+        dtype, _, in_features = shapes[family[0]]
+        found.setdefault(dtype, set()).add((in_features, tuple(shapes[path][1] for path in family)))
     return found
 
 
@@ -72,7 +71,7 @@ def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
     import torch
     import transformers
 
-    from .backend import find_modules
+    from .apply import find_modules
     from .prunable import is_conv1d
 
     try:
@@ -89,73 +88,14 @@ def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
     return [path for path in layers if is_conv1d(modules[path][0])]
 
 
-def _layers_over_one_input(path: str, layers: Iterable[str]) -> list[str]:
-    """Of the pruned `layers`, those that run in one launch with `path`: q, k and v, or gate and up, of one block."""
-    block = path.rpartition(".")[0]
-    role = find_role(path)
-    siblings = {find_role(layer): layer for layer in layers if layer.rpartition(".")[0] == block}
-    for roles in SHARED_INPUTS:
-        if role in roles and all(sibling in siblings for sibling in roles):
-            return [siblings[sibling] for sibling in roles]
-    return [path]
+def load_model(model: str, task: str, dtype: str, device: str, options: dict[str, Any]) -> Any:
+    """The transformers model in a folder or on the hub, whose checkpoint is checked to be whole.
 
-
-def export_checkpoint(
-    model: str,
-    output: Path,
-    what: SCAPConfig | SCAPParameters,
-    *,
-    task: str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    options: dict[str, Any] | None = None,
-    on_calibrated: Callable[[SCAPParameters], None] | None = None,
-) -> None:
-    """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
-
-    Args:
-        model: a folder or the id of a model on the hub.
-        output: an empty folder.
-        what: what to prune and how to calibrate, or parameters to apply without calibration.
-        task: the optimum task; `auto` reads it from config.json.
-        dtype: `auto` (the checkpoint's own), `float32`, `float16` or `bfloat16`.
-        device: `auto` (GPUs where there are any, spread by accelerate), or a torch device such as `cpu` or `cuda:0`.
-        trust_remote_code: whether the model may bring code of its own.
-        options: further arguments for from_pretrained, such as revision or cache_dir.
-        on_calibrated: is given what the calibration found before anything is written.
+    Arguments as of `folders.export_checkpoint`.
 
     Raises:
-        SCAPError: if the model cannot be loaded, sparsified or written. What would keep it from being written, and a
-            disk that is too small for it, are found before the calibration.
+        SCAPError: if it cannot be loaded.
     """
-    # What a folder holds is read without torch.
-    from .backend import read_parameters
-    from .saving import (
-        bytes_to_save,
-        check_can_be_saved,
-        keep_generation_config,
-        saving_to,
-        valid_generation_config,
-    )
-
-    options = {**(options or {}), "trust_remote_code": trust_remote_code}
-    loaded = _load(model, task, dtype, device, options)
-    check_space(output, bytes_to_save(loaded))
-    with valid_generation_config(loaded) as changed:
-        check_can_be_saved(loaded)
-        sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
-        found = read_parameters(loaded)
-        if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
-            on_calibrated(found)
-        with saving_to(output):
-            loaded.save_pretrained(output)
-            _copy_preprocessors(model, output, trust_remote_code)
-            if changed:
-                keep_generation_config(model, output, options)
-
-
-def _load(model: str, task: str, dtype: str, device: str, options: dict[str, Any]) -> Any:
     import torch
     from optimum.exporters.tasks import TasksManager
 
@@ -203,7 +143,8 @@ def _quantization(model: str, options: dict[str, Any]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _copy_preprocessors(model: str, output: Path, trust_remote_code: bool) -> None:
+def copy_preprocessors(model: str, output: Path, trust_remote_code: bool) -> None:
+    """Writes the tokenizer and whatever else prepares inputs for `model` to `output`."""
     from optimum.utils.save_utils import maybe_save_preprocessors
 
     maybe_save_preprocessors(model, output, trust_remote_code=trust_remote_code)

@@ -1,0 +1,109 @@
+"""Targets: which layers are to be pruned, and how much; from roles, from patterns on paths, or from an allocation."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import SCAPError, printable
+from .config import PATTERN, SCAPConfig, Target
+from .roles import ROLES, Role, find_role
+from .sites import Layers, Site
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The layers of one site with one target: they prune alike."""
+
+    site: Site
+    layers: tuple[str, ...]
+    target: Target
+
+    @property
+    def key(self) -> str:
+        """Identifies the group within its model."""
+        return self.layers[0]
+
+
+def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
+    """The target of every layer that is to be pruned, by module path.
+
+    Raises:
+        SCAPError: if a pattern of the config matches no layer, or nothing is left to prune.
+    """
+    _check_patterns([*layers.prunable, *layers.dense], config)
+    targets = select_targets({path: layer.role for path, layer in layers.prunable.items()}, config)
+    roles = {layer.role for layer in layers.prunable.values()}
+    # The experts of a model are what most of its FFN weights are.
+    dense_roles = {path: "up" if path in layers.experts else find_role(path) for path in layers.dense}
+    skipped = select_targets(dense_roles, config)
+    dense = {path: layers.dense[path] for path in skipped}
+    if not layers.prunable:
+        raise SCAPError(f"the model has no fully connected layer to prune{first_of(layers.dense)}")
+    if not targets:
+        patterns = "; the include and exclude patterns leave none of those" if roles & config.targets.keys() else ""
+        raise SCAPError(
+            f"no fully connected layer is left to prune: the targets name {', '.join(map(printable, config.targets))}, "
+            f"the model has {', '.join(role for role in ROLES if role in roles) or 'no layer of a known role'}{patterns}"
+            f"{first_of(dense)}"
+        )
+    if dense:
+        logger.warning("%d layers are left dense%s", len(dense), first_of(dense))
+    for name in config.targets:
+        if name in ROLES and name not in roles:
+            logger.info("the model has no layer of role %s", name)
+    return targets
+
+
+def select_targets(roles: Mapping[str, Role | None], config: SCAPConfig) -> dict[str, Target]:
+    """Which of the layers (role by module path) are to be pruned, and how much."""
+    patterns = config.pattern_targets()
+    found = {}
+    for path, role in roles.items():
+        named = next((target for pattern, target in patterns.items() if re.search(pattern, path)), None)
+        target = named or (config.targets.get(role) if role is not None else None)
+        if target is not None and target.sparsity > 0 and not is_excluded(path, config):
+            found[path] = target
+    return found
+
+
+def is_excluded(path: str, config: SCAPConfig) -> bool:
+    """Whether the include and exclude patterns say that the layer at `path` is to be left as it is."""
+    included = not config.include or any(re.search(pattern, path) for pattern in config.include)
+    return not included or any(re.search(pattern, path) for pattern in config.exclude)
+
+
+def make_groups(sites: Iterable[Site], targets: Mapping[str, Target]) -> list[Group]:
+    """The layers to prune, those of one site and target together."""
+    found = []
+    for site in sites:
+        by_target: dict[Target, list[str]] = {}
+        for path in site.layers:
+            if path in targets:
+                by_target.setdefault(targets[path], []).append(path)
+        found += [Group(site, tuple(paths), target) for target, paths in by_target.items()]
+    return found
+
+
+def first_of(reasons: Mapping[str, str]) -> str:
+    """The first of the layers that stay dense, for the end of a message."""
+    return "".join(f"; {printable(path)}: {reason}" for path, reason in list(reasons.items())[:1])
+
+
+def _check_patterns(paths: Iterable[str], config: SCAPConfig) -> None:
+    paths = list(paths)
+    named = (
+        ("include", config.include),
+        ("exclude", config.exclude),
+        ("targets", [name.removeprefix(PATTERN) for name in config.targets if name.startswith(PATTERN)]),
+    )
+    for field, patterns in named:
+        for pattern in patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                raise SCAPError(
+                    f"{field} pattern {printable(pattern)!r} matches no fully connected layer; the model has, for "
+                    f"example, {', '.join(paths[:3]) or 'none'}"
+                )

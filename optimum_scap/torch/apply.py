@@ -1,0 +1,141 @@
+"""Puts parameters on a torch model: layers of it prune their inputs, blocks run theirs together."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..core.parameters import QUANT_METHOD, SCAPParameters
+from ..core.roles import module_path
+from ..core.sites import match_paths
+from ..errors import SCAPError
+from .blocks import convert_blocks
+from .convert import check_vectors, convert
+from .linear import is_pruned
+from .prunable import hooked_by_nncf, is_linear, why_dense
+from .saving import is_from_transformers
+from .wrappers import saved_modules, unwrap, why_adapter_forbids
+
+
+def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_checkpoint: bool = False) -> None:
+    """Makes the layers of `model` prune their inputs by parameters that are known, without calibration.
+
+    Args:
+        model: a dense model.
+        parameters: of any part of its layers, also where a head was added to, or taken from, the model that was
+            calibrated.
+        from_checkpoint: whether vectors per channel come with the weights, later.
+
+    Raises:
+        SCAPError: naming the layer that the model does not have or that cannot be pruned; the model is untouched then.
+    """
+    check_is_dense(model)
+    found = find_modules(model, parameters.layers)
+    forbidden = why_adapter_forbids(model)
+    vectors = {
+        path: (None, None)
+        if from_checkpoint
+        else (parameters.criterion(path), parameters.tensor(path, "bias_correction"))
+        for path in parameters.layers
+    }
+    for path, modules in found.items():
+        criterion, correction = vectors[path]
+        for module in modules:
+            reason = forbidden.get(module) or _why_not_prunable(module)
+            if reason is None and criterion is not None:
+                reason = check_vectors(module, criterion, correction)
+            if reason is not None:
+                raise SCAPError(f"layer {path} cannot be pruned: {reason}")
+    check_is_not_quantized(model, parameters)
+    for path, modules in found.items():
+        criterion, correction = vectors[path]
+        for module in modules:
+            convert(module, parameters.layers[path], parameters.apply_to, criterion, correction)
+    sites = parameters.found_sites()
+    named = [path for site in sites for path in site.layers if path not in found]
+    found.update(find_modules(model, named, missing_is_error=False))
+    convert_blocks(model, found, sites, parameters.dense_layers, parameters.sites is not None)
+    _attach(unwrap(model), parameters)
+
+
+def read_parameters(model: nn.Module) -> SCAPParameters | None:
+    """The SCAP parameters that `model` carries, None if it is dense."""
+    found = getattr(unwrap(model), "_scap_parameters", None)
+    if not isinstance(found, SCAPParameters):
+        return None
+    if not any(layer.tensors for layer in found.layers.values()):
+        return found
+    modules = find_modules(model, found.layers)
+    tensors = {
+        f"{path}.scap_{name}": getattr(modules[path][-1], f"scap_{name}").float().cpu().numpy()
+        for path, layer in found.layers.items()
+        for name in layer.tensors
+    }
+    return found.with_named_tensors(tensors)
+
+
+def pruned_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that prune their inputs, by the module paths that SCAPParameters know them by."""
+    return {path: module for path, module in saved_modules(model) if is_pruned(module)}
+
+
+def check_is_dense(model: nn.Module) -> None:
+    """Raises a SCAPError if layers of `model` are pruned already."""
+    if pruned_layers(model):
+        raise SCAPError("the model is sparse already; start from the model without SCAP")
+
+
+def check_is_not_quantized(model: nn.Module, parameters: SCAPParameters | None = None) -> None:
+    """Also of a model that is quantized in part: its checkpoint names one method, and so loses the other.
+
+    Raises:
+        SCAPError: naming the method.
+    """
+    quantizer = getattr(unwrap(model), "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", QUANT_METHOD)
+    if parameters is not None and parameters.quantization_config is not None:
+        method = parameters.quantization_config.get("quant_method", "unknown")
+    if method != QUANT_METHOD:
+        name = getattr(method, "value", method)
+        raise SCAPError(f"the model is quantized ({name}); quantized PyTorch models are not supported yet")
+    if hooked_by_nncf(model):
+        raise SCAPError("the model is quantized or pruned by NNCF already; start from the model without")
+
+
+def find_modules(
+    model: nn.Module, paths: Iterable[str], *, missing_is_error: bool = True
+) -> dict[str, list[nn.Module]]:
+    """The modules called `paths`, also where a head has been added to, or taken from, the model that was calibrated.
+
+    One module each, but for the copies that adapters bring.
+
+    Raises:
+        SCAPError: naming a path that the model does not have, if that is an error.
+    """
+    by_path: dict[str, list[nn.Module]] = {}
+    for path, module in saved_modules(unwrap(model)):
+        by_path.setdefault(path, []).append(module)
+    # Without what DataParallel, torch.compile and PEFT put around it.
+    bare = {path: path if path in by_path else module_path(path) for path in paths}
+    names = match_paths(bare.values(), by_path)
+    found = {}
+    for path, known in bare.items():
+        name = names[known]
+        if name is not None:
+            found[path] = by_path[name]
+        elif missing_is_error:
+            raise SCAPError(f"layer {path} does not exist in the model, a {type(unwrap(model)).__name__}")
+    return found
+
+
+def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
+    model._scap_parameters = parameters  # type: ignore[assignment]
+    if is_from_transformers(model):
+        from .quantization_config import attach_config
+
+        attach_config(model, parameters)
+
+
+def _why_not_prunable(module: nn.Module) -> str | None:
+    if is_linear(module):
+        return why_dense(module)
+    return f"it is a {type(module).__name__}, not a fully connected layer with floating-point weights"
