@@ -48,6 +48,36 @@ def wait_for_inputs(LAUNCH_EARLY: tl.constexpr):
 
 
 @triton.jit
+def choose(branch, values):
+    """The element of the tuple `values` that belongs to `branch`; pointers must be of one type."""
+    chosen = values[0]
+    for number in tl.static_range(1, len(values)):
+        chosen = tl.where(branch == number, values[number], chosen)
+    return chosen
+
+
+@triton.jit
+def find_branch(program, out_features, BLOCK_N: tl.constexpr):
+    """Of `program`: its branch, its block there, the branch's first column, and the number of all columns.
+
+    The blocks of BLOCK_N columns of the branches, which have `out_features` columns each, follow each other.
+    """
+    branch = 0
+    block = program
+    first_column = 0
+    first_block = 0
+    all_features = out_features[0]
+    for number in tl.static_range(1, len(out_features)):
+        first_block += tl.cdiv(out_features[number - 1], BLOCK_N)
+        behind = program >= first_block
+        branch = tl.where(behind, number, branch)
+        block = tl.where(behind, program - first_block, block)
+        first_column = tl.where(behind, all_features, first_column)
+        all_features += out_features[number]
+    return branch, block, first_column, all_features
+
+
+@triton.jit
 def centre(x, mode, threshold):
     """x - m where kept, else 0; and which elements are kept. Both in float32."""
     centred = x.to(tl.float32) - mode

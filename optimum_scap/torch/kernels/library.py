@@ -81,21 +81,21 @@ sparse_linear = register_operation(
     "(Tensor x, Tensor weight, Tensor? bias, float threshold, float mode) -> Tensor",
     reference.sparse_linear,
     lambda x, weight, *_: _like(x, weight),
-    "floating_point",
+    "launch",
 )
 sparse_linear_group = register_operation(
     "sparse_linear_group",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, float[] thresholds, float[] modes) -> Tensor[]",
     reference.sparse_linear_group,
     lambda x, weights, *_: [_like(x, weight) for weight in weights],
-    "floating_point",
+    "launch",
 )
 linear_group = register_operation(
     "linear_group",
     "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
     reference.linear_group,
     lambda x, weights, *_: [_like(x, weight) for weight in weights],
-    "floating_point",
+    "launch",
 )
 sparse_gated_linear = register_operation(
     "sparse_gated_linear",
@@ -103,5 +103,5 @@ sparse_gated_linear = register_operation(
     "float up_threshold, float gate_mode, float up_mode, str activation) -> Tensor",
     reference.sparse_gated_linear,
     lambda x, gate_weight, *_: _like(x, gate_weight),
-    "floating_point",
+    "launch",
 )

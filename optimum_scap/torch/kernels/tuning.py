@@ -149,7 +149,7 @@ class _Problem:
         return graph_time([self._launch(number, threshold, configuration) for number in numbers])
 
     def _launch(self, number: int, threshold: float, configuration: LaunchConfiguration) -> Callable[[], Any]:
-        from .floating_point import sparse_linear, sparse_linear_group
+        from .launch import sparse_linear, sparse_linear_group
 
         x, weights = self.inputs[number], self.weights[number]
         if len(weights) == 1:

@@ -1,7 +1,7 @@
 """Layers over float32, float16 and bfloat16 weights, in Triton. Their torch twins stand in `reference`."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,12 +15,7 @@ from .configurations import (
     supports_early_launch,
 )
 from .device_functions import hold_instructions
-from .floating_point_kernels import (
-    add_gated_partial_sums_kernel,
-    add_partial_sums_kernel,
-    dense_kernel,
-    partial_sums_kernel,
-)
+from .linear import add_gated_partial_sums_kernel, add_partial_sums_kernel, dense_kernel, partial_sums_kernel
 
 
 MAX_ROWS = 8
@@ -57,16 +52,17 @@ def _check(x: Tensor, branches: Sequence[_Branch]) -> None:
 def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchConfiguration) -> Tensor:
     """Launches `partial_sums_kernel`; x is [rows, in_features], contiguous."""
     rows, in_features = x.shape
-    a, b, c = _padded(branches)
-    block_n = configuration.block_n(a.weight.element_size())
-    blocks = sum(triton.cdiv(branch.weight.shape[0], block_n) for branch in branches)
+    weights = tuple(branch.weight for branch in branches)
+    weight_bytes = weights[0].element_size()
+    block_n = configuration.block_n(weight_bytes)
+    out_features = tuple(weight.shape[0] for weight in weights)
+    blocks = sum(triton.cdiv(features, block_n) for features in out_features)
     slices = min(configuration.slices, in_features)
     slice_size = triton.cdiv(in_features, slices)
     list_size = triton.cdiv(slice_size + 2 * configuration.unroll, 16) * 16
     list_dtype = torch.int16 if slice_size <= torch.iinfo(torch.int16).max else torch.int32
     lists = torch.empty(slices * blocks * list_size, dtype=list_dtype, device=x.device)
-    all_features = sum(branch.weight.shape[0] for branch in branches)
-    partial = torch.empty((slices, rows, all_features), dtype=torch.float32, device=x.device)
+    partial = torch.empty((slices, rows, sum(out_features)), dtype=torch.float32, device=x.device)
     lanes = 32 * configuration.num_warps
     nvidia = x.is_cuda and torch.version.hip is None
     partial_sums_kernel[(blocks, slices)](
@@ -74,31 +70,20 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchC
         in_features,
         lists,
         list_size,
-        a.weight,
-        b.weight,
-        c.weight,
-        a.weight.stride(1),
-        b.weight.stride(1),
-        c.weight.stride(1),
+        weights,
+        tuple(weight.stride(1) for weight in weights),
         partial,
-        a.weight.shape[0],
-        b.weight.shape[0],
-        c.weight.shape[0],
-        a.threshold,
-        b.threshold,
-        c.threshold,
-        a.mode,
-        b.mode,
-        c.mode,
+        out_features,
+        tuple(branch.threshold for branch in branches),
+        tuple(branch.mode for branch in branches),
         0,
-        BRANCHES=len(branches),
         ROWS=rows,
         LANES=lanes,
         STEPS=min(MAX_STEPS, triton.next_power_of_2(triton.cdiv(slice_size, lanes))),
         BLOCK_N=block_n,
         UNROLL=configuration.unroll,
-        WHOLE_BLOCKS=all(branch.weight.shape[0] % block_n == 0 for branch in branches),
-        HOLD=hold_instructions(configuration.unroll, a.weight.element_size()) if nvidia else None,
+        WHOLE_BLOCKS=all(features % block_n == 0 for features in out_features),
+        HOLD=hold_instructions(configuration.unroll, weight_bytes) if nvidia else None,
         num_warps=configuration.num_warps,
         **_early_launch(x.device),
     )
@@ -112,11 +97,9 @@ def _add_partial_sums(
     add_partial_sums_kernel[(sum(triton.cdiv(out.shape[1], sum_block) for out in outs), rows)](
         partial,
         slices,
-        *_padded(biases),
-        *_padded(outs),
-        *_padded([out.shape[1] for out in outs]),
-        **_has_bias(biases),
-        BRANCHES=len(outs),
+        _contiguous(biases),
+        tuple(outs),
+        tuple(out.shape[1] for out in outs),
         SLICES_CEIL=triton.next_power_of_2(slices),
         BLOCK_N=sum_block,
         num_warps=SUM_WARPS,
@@ -137,21 +120,12 @@ def _launch(
         configuration = configuration or configuration_for(flat, [branch.weight for branch in branches])
         with _on_device(flat):
             partial = _partial_sums(flat, branches, configuration)
-            _add_partial_sums(flat, partial, [_contiguous(bias) for bias in biases], outs, configuration.sum_block)
+            _add_partial_sums(flat, partial, biases, outs, configuration.sum_block)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
-def _padded(branches: Sequence[Any]) -> Sequence[Any]:
-    """MAX_BRANCHES elements, of which kernels read the first `len(branches)`."""
-    return [*branches, *(MAX_BRANCHES - len(branches)) * [branches[-1]]]
-
-
-def _has_bias(biases: Sequence[Tensor | None]) -> dict[str, bool]:
-    return {f"HAS_BIAS_{name}": bias is not None for name, bias in zip("ABC", _padded(biases), strict=True)}
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _contiguous(biases: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if bias is None else bias.contiguous() for bias in biases)
 
 
 def _early_launch(device: torch.device) -> dict[str, bool]:
@@ -235,13 +209,11 @@ def _launch_dense(
         dense_kernel[(sum(triton.cdiv(out.shape[-1], configuration.block_n) for out in outs),)](
             x,
             x.shape[0],
-            *_padded(weights),
-            *_padded([weight.stride(0) for weight in weights]),
-            *_padded([_contiguous(bias) for bias in biases]),
-            *_padded(outs),
-            *_padded([out.shape[-1] for out in outs]),
-            **_has_bias(biases),
-            BRANCHES=len(outs),
+            tuple(weights),
+            tuple(weight.stride(0) for weight in weights),
+            _contiguous(biases),
+            tuple(outs),
+            tuple(out.shape[-1] for out in outs),
             BLOCK_N=configuration.block_n,
             BLOCK_K=configuration.block_k,
             num_warps=configuration.num_warps,
@@ -277,12 +249,9 @@ def sparse_gated_linear(
             add_gated_partial_sums_kernel[(triton.cdiv(features, configuration.sum_block), flat.shape[0])](
                 partial,
                 partial.shape[0],
-                _contiguous(gate_bias),
-                _contiguous(up_bias),
+                *_contiguous([gate_bias, up_bias]),
                 out,
                 features,
-                HAS_GATE_BIAS=gate_bias is not None,
-                HAS_UP_BIAS=up_bias is not None,
                 ACTIVATION=activation,
                 SLICES_CEIL=triton.next_power_of_2(partial.shape[0]),
                 BLOCK_N=configuration.sum_block,
