@@ -138,7 +138,7 @@ def measure(
     for name, shape in shapes.items():
         problem = Problem(pool, shape)
         dense = problem.time(problem.run_dense)
-        configuration = configuration_for(problem.inputs[0], problem.sparse[0])
+        configuration = configuration_for(problem.inputs[0], problem.out_features, 8 * pool.element_size())
         for sparsity in sparsities:
             threshold = normal_threshold(sparsity)
             row = {

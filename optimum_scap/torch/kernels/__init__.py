@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..weights import Weights
 from . import library
 from .reference import ACTIVATIONS
 
@@ -23,14 +24,24 @@ __all__ = [
 ]
 
 
+def _tensors(*layers: Tensor | Weights) -> tuple[list[Tensor], str]:
+    """The tensors of the layers in turn, and the format that all layers share."""
+    weights = [Weights("dense", (layer,)) if isinstance(layer, Tensor) else layer for layer in layers]
+    formats = {layer.format for layer in weights}
+    if len(formats) > 1:
+        raise ValueError(f"layers over one input must be of one weight format, got {', '.join(sorted(formats))}")
+    return [tensor for layer in weights for tensor in layer.tensors], weights[0].format
+
+
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, threshold: float, mode: float = 0.0
+    x: Tensor, weight: Tensor | Weights, bias: Tensor | None = None, *, threshold: float, mode: float = 0.0
 ) -> Tensor:
     """A linear layer that reads only the weights of the kept input channels, see `reference.sparse_linear`.
 
     Args:
         x: `[..., in_features]`, up to 8 rows.
-        weight: `[out_features, in_features]`, input-channel-major in memory: strides (1, >= out_features).
+        weight: `[out_features, in_features]`, input-channel-major in memory: strides (1, >= out_features); or
+            weights of any format of `torch.weights`.
         bias: `[out_features]`, with the folded mode in it: b + m * W·1.
         threshold: channels with |x - mode| > threshold are kept.
         mode: the mode of the activations.
@@ -38,34 +49,34 @@ def sparse_linear(
     Raises:
         ValueError: on a GPU, if the weights do not lie input-channel-major or `x` has more than 8 rows.
     """
-    return library.sparse_linear(x, weight, bias, threshold, mode)
+    return library.sparse_linear(x, *_tensors(weight), bias, threshold, mode)
 
 
 def sparse_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Weights],
     biases: Sequence[Tensor | None],
     *,
     thresholds: Sequence[float],
     modes: Sequence[float],
 ) -> list[Tensor]:
     """Several sparse linear layers over one input in one go; arguments and errors as of `sparse_linear`."""
-    return library.sparse_linear_group(x, weights, biases, thresholds, modes)
+    return library.sparse_linear_group(x, *_tensors(*weights), biases, thresholds, modes)
 
 
-def linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def linear_group(x: Tensor, weights: Sequence[Tensor | Weights], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Several dense linear layers over one token in one go, see `reference.linear_group`.
 
     Raises:
         ValueError: on a GPU, if the weights do not lie output-channel-major or `x` has more than one row.
     """
-    return library.linear_group(x, weights, biases)
+    return library.linear_group(x, *_tensors(*weights), biases)
 
 
 def sparse_gated_linear(
     x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
+    gate_weight: Tensor | Weights,
+    up_weight: Tensor | Weights,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     *,
@@ -82,16 +93,19 @@ def sparse_gated_linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}, choose from {', '.join(ACTIVATIONS)}")
+    weights, format = _tensors(gate_weight, up_weight)
+    half = len(weights) // 2
+    thresholds_and_modes = (gate_threshold, up_threshold, gate_mode, up_mode)
     return library.sparse_gated_linear(
-        x, gate_weight, up_weight, gate_bias, up_bias, gate_threshold, up_threshold, gate_mode, up_mode, activation
+        x, weights[:half], weights[half:], format, gate_bias, up_bias, *thresholds_and_modes, activation
     )
 
 
 def sparse_feed_forward(
     x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
+    gate_weight: Tensor | Weights,
+    up_weight: Tensor | Weights,
+    down_weight: Tensor | Weights,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,

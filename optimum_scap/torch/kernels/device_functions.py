@@ -18,25 +18,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-def hold_instructions(unroll: int, weight_bytes: int) -> tuple[str, str, int]:
-    """PTX that hands `pack` accumulators on once all `unroll` weight loads of an iteration have arrived.
-
-    ptxas likes to save registers by moving every load down to its use, which leaves one load in flight instead of
-    `unroll` and costs more than half of the bandwidth. Neither the order in PTX nor a barrier keeps it from that; a
-    dependence of the first multiplication on every load does. `zero` is 0, which ptxas cannot know.
-
-    Returns:
-        instructions, constraints, and the number of consecutive elements they work on, as `inline_asm_elementwise`
-        takes them. Operands: results, accumulators, zero, then 16 bytes of weights per load.
-    """
-    pack = 16 // weight_bytes
-    first_weight = 3 * pack
-    combined = "".join(f" xor.b32 w, w, ${first_weight + 4 * step};" for step in range(1, unroll))
-    handed_on = "".join(f" xor.b32 ${element}, ${pack + element}, w;" for element in range(pack))
-    instructions = f"{{ .reg .b32 w; mov.b32 w, ${first_weight};{combined} and.b32 w, w, ${2 * pack};{handed_on} }}"
-    return instructions, ",".join(["=r"] * pack + ["r"] * (2 * pack + 4 * unroll)), pack
-
-
 @triton.jit
 def wait_for_inputs(LAUNCH_EARLY: tl.constexpr):
     """Programmatic dependent launch (compute capability >= 9.0): this program was placed on the GPU while the kernels
@@ -53,6 +34,15 @@ def choose(branch, values):
     chosen = values[0]
     for number in tl.static_range(1, len(values)):
         chosen = tl.where(branch == number, values[number], chosen)
+    return chosen
+
+
+@triton.jit
+def choose_each(branch, tuples):
+    """As `choose`, of every tuple in the tuple `tuples`; a tuple."""
+    chosen = ()
+    for number in tl.static_range(len(tuples)):
+        chosen += (choose(branch, tuples[number]),)
     return chosen
 
 
@@ -152,17 +142,6 @@ def _load_rows(x, x_stride, channel, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _hold(sums, weights, zero, HOLD: tl.constexpr):
-    if HOLD is not None:
-        zeros = tl.zeros(sums[0].shape, tl.int32) + zero
-        held = tl.inline_asm_elementwise(
-            HOLD[0], HOLD[1], (sums[0], zeros) + weights, dtype=tl.float32, is_pure=True, pack=HOLD[2]
-        )
-        sums = (held,) + sums[1:]
-    return sums
-
-
-@triton.jit
 def _add_products(sums, loaded, listed, threshold, mode, weights, ROWS: tl.constexpr):
     added = ()
     for row in tl.static_range(ROWS):
@@ -183,21 +162,23 @@ def accumulate_kept_channels(
     mode,
     kept_list,
     count,
-    weight,
-    weight_stride,
-    columns,
-    out_features,
+    weights,
+    strides,
+    first,
+    words,
+    word_mask,
     zero,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,
     HOLD: tl.constexpr,
+    LOAD: tl.constexpr,
+    CONSTANTS: tl.constexpr,
 ):
-    """Sums (x_i - m) * weight[i, columns] over the channels of `kept_list`; one [BLOCK_N] per row, as a tuple.
+    """Sums (x_i - m) * W[columns, first + i] over the channels i of `kept_list`; one [BLOCK_N] per row, as a tuple.
 
     UNROLL channels are loaded together. Behind the end of the list stand zeros: channel 0 is loaded and not added.
-    2 * UNROLL elements behind the end must be readable.
+    2 * UNROLL elements behind the end must be readable. The weights are read as `load` says.
     """
     sums = _zeros(ROWS, BLOCK_N)
     next_channels = ()
@@ -206,21 +187,14 @@ def accumulate_kept_channels(
     for start in range(0, count, UNROLL):
         channels = next_channels
         next_channels = ()
-        weights = ()
         loaded = ()
         for step in tl.static_range(UNROLL):
-            # Unsigned 32 bits times 32 bits to 64 bits is one instruction.
-            offset = channels[step].to(tl.uint32).to(tl.int64) * tl.cast(weight_stride, tl.uint32).to(tl.int64)
-            if WHOLE_BLOCKS:
-                weights += (tl.load(weight + offset + columns, eviction_policy="evict_first"),)
-            else:
-                inside = columns < out_features
-                weights += (tl.load(weight + offset + columns, mask=inside, other=0.0, eviction_policy="evict_first"),)
             loaded += (_load_rows(x, x_stride, channels[step].to(tl.int32), ROWS),)
             next_channels += (tl.load(kept_list + start + UNROLL + step),)
-        sums = _hold(sums, weights, zero, HOLD)
+        loaded_weights = LOAD(weights, strides, first, channels, words, word_mask, None, zero, HOLD, CONSTANTS)
         for step in tl.static_range(UNROLL):
-            sums = _add_products(sums, loaded[step], start + step < count, threshold, mode, weights[step], ROWS)
+            listed = start + step < count
+            sums = _add_products(sums, loaded[step], listed, threshold, mode, loaded_weights[step], ROWS)
     return sums
 
 

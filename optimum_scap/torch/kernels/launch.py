@@ -1,12 +1,13 @@
-"""Layers over float32, float16 and bfloat16 weights, in Triton. Their torch twins stand in `reference`."""
+"""Launches the Triton kernels: the operations of `library` on a GPU. What they compute stands in `reference`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..weights import KernelArguments, find_format
 from .configurations import (
     DenseConfiguration,
     LaunchConfiguration,
@@ -14,8 +15,8 @@ from .configurations import (
     dense_configuration_for,
     supports_early_launch,
 )
-from .device_functions import hold_instructions
 from .linear import add_gated_partial_sums_kernel, add_partial_sums_kernel, dense_kernel, partial_sums_kernel
+from .load import LOAD_FUNCTIONS, hold_instructions
 
 
 MAX_ROWS = 8
@@ -26,36 +27,174 @@ MAX_BRANCHES = 3
 
 
 class _Branch(NamedTuple):
-    """One weight over the shared input."""
+    """One layer over the shared input."""
 
-    weight: Tensor
+    weights: KernelArguments
+    out_features: int
     threshold: float
     mode: float
 
 
-def _check(x: Tensor, branches: Sequence[_Branch]) -> None:
+def sparse_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    bias: Tensor | None,
+    threshold: float,
+    mode: float,
+    configuration: LaunchConfiguration | None = None,
+) -> Tensor:
+    """See `reference.sparse_linear`."""
+    return sparse_linear_group(x, weights, format, [bias], [threshold], [mode], configuration)[0]
+
+
+def sparse_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    biases: Sequence[Tensor | None],
+    thresholds: Sequence[float],
+    modes: Sequence[float],
+    configuration: LaunchConfiguration | None = None,
+) -> list[Tensor]:
+    """See `reference.sparse_linear_group`."""
+    flat = _rows(x)
+    branches = _sparse_branches(flat, weights, format, thresholds, modes)
+    outs = _outputs(flat, branches)
+    for together in _launches(branches):
+        _launch_sparse(flat, branches[together], format, biases[together], outs[together], configuration)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    biases: Sequence[Tensor | None],
+    configuration: DenseConfiguration | None = None,
+) -> list[Tensor]:
+    """See `reference.linear_group`."""
+    if x.numel() != x.shape[-1]:
+        raise ValueError(f"the dense kernel takes one row, got an input of shape {tuple(x.shape)}")
+    flat = x.reshape(1, -1).contiguous()
+    branches = [_Branch(*layer, 0.0, 0.0) for layer in _checked(flat, weights, format, input_major=False)]
+    outs = _outputs(flat, branches)
+    for together in _launches(branches):
+        _launch_dense(flat, branches[together], format, biases[together], outs[together], configuration)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def sparse_gated_linear(
+    x: Tensor,
+    gate_weights: Sequence[Tensor],
+    up_weights: Sequence[Tensor],
+    format: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gate_threshold: float,
+    up_threshold: float,
+    gate_mode: float,
+    up_mode: float,
+    activation: str,
+    configuration: LaunchConfiguration | None = None,
+) -> Tensor:
+    """See `reference.sparse_gated_linear`."""
+    flat = _rows(x)
+    branches = _sparse_branches(
+        flat, [*gate_weights, *up_weights], format, [gate_threshold, up_threshold], [gate_mode, up_mode]
+    )
+    features = branches[0].out_features
+    if branches[1].out_features != features:
+        raise ValueError(f"gate has {features} output features, up has {branches[1].out_features}")
+    (out,) = _outputs(flat, branches[:1])
+    if flat.shape[0] > 0:
+        configuration = configuration or _configuration(flat, branches, format)
+        with _on_device(flat):
+            partial = _partial_sums(flat, branches, format, configuration)
+            add_gated_partial_sums_kernel[(triton.cdiv(features, configuration.sum_block), flat.shape[0])](
+                partial,
+                partial.shape[0],
+                *_contiguous([gate_bias, up_bias]),
+                out,
+                features,
+                ACTIVATION=activation,
+                SLICES_CEIL=triton.next_power_of_2(partial.shape[0]),
+                BLOCK_N=configuration.sum_block,
+                num_warps=SUM_WARPS,
+                **_early_launch(x.device),
+            )
+    return out.view(*x.shape[:-1], features)
+
+
+def _rows(x: Tensor) -> Tensor:
     rows = x.numel() // max(1, x.shape[-1])
     if rows > MAX_ROWS:
         raise ValueError(f"sparse kernels take up to {MAX_ROWS} rows, got {rows}")
-    for weight, _, _ in branches:
-        out_features, in_features = weight.shape
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _checked(
+    x: Tensor, weights: Sequence[Tensor], format: str, input_major: bool
+) -> list[tuple[KernelArguments, int]]:
+    """What a kernel is given for each layer, and the layer's out_features."""
+    weight_format = find_format(format)
+    layers: list[tuple[KernelArguments, int]] = []
+    for tensors in weight_format.layers(weights):
+        out_features, in_features = weight_format.shape(tensors)
         if in_features != x.shape[-1]:
             raise ValueError(f"weight of {in_features} input channels, input of {x.shape[-1]}")
-        if out_features > 1 and weight.stride(0) != 1 or in_features > 1 and weight.stride(1) < out_features:
-            raise ValueError(
-                f"weights must lie input-channel-major, with strides (1, >= {out_features}); got {weight.stride()}"
-            )
-        if weight.device != x.device:
-            raise ValueError(f"weight on {weight.device}, input on {x.device}")
+        arguments = weight_format.kernel_arguments(tensors, input_major)
+        for tensor in arguments.tensors:
+            if tensor.device != x.device:
+                raise ValueError(f"weight on {tensor.device}, input on {x.device}")
+        if layers and arguments.constants != layers[0][0].constants:
+            raise ValueError(f"layers over one input must be stored alike, got {format} weights that are not")
+        layers.append((arguments, out_features))
+    return layers
 
 
-def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchConfiguration) -> Tensor:
+def _sparse_branches(
+    x: Tensor, weights: Sequence[Tensor], format: str, thresholds: Sequence[float], modes: Sequence[float]
+) -> list[_Branch]:
+    layers = _checked(x, weights, format, input_major=True)
+    return [_Branch(*layer, *prune) for layer, *prune in zip(layers, thresholds, modes, strict=True)]
+
+
+def _outputs(x: Tensor, branches: Sequence[_Branch]) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], branch.out_features)) for branch in branches]
+
+
+def _launches(branches: Sequence[_Branch]) -> list[slice]:
+    return [slice(first, first + MAX_BRANCHES) for first in range(0, len(branches), MAX_BRANCHES)]
+
+
+def _configuration(x: Tensor, branches: Sequence[_Branch], format: str) -> LaunchConfiguration:
+    out_features = tuple(branch.out_features for branch in branches)
+    return configuration_for(x, out_features, branches[0].weights.bits, format)
+
+
+def _launch_sparse(
+    x: Tensor,
+    branches: Sequence[_Branch],
+    format: str,
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    configuration: LaunchConfiguration | None,
+) -> None:
+    if x.shape[0] == 0:
+        return
+    configuration = configuration or _configuration(x, branches, format)
+    with _on_device(x):
+        partial = _partial_sums(x, branches, format, configuration)
+        _add_partial_sums(x, partial, biases, outs, configuration.sum_block)
+
+
+def _partial_sums(x: Tensor, branches: Sequence[_Branch], format: str, configuration: LaunchConfiguration) -> Tensor:
     """Launches `partial_sums_kernel`; x is [rows, in_features], contiguous."""
     rows, in_features = x.shape
-    weights = tuple(branch.weight for branch in branches)
-    weight_bytes = weights[0].element_size()
-    block_n = configuration.block_n(weight_bytes)
-    out_features = tuple(weight.shape[0] for weight in weights)
+    out_features = tuple(branch.out_features for branch in branches)
+    weights = branches[0].weights
+    block_n = configuration.block_n(weights.bits)
     blocks = sum(triton.cdiv(features, block_n) for features in out_features)
     slices = min(configuration.slices, in_features)
     slice_size = triton.cdiv(in_features, slices)
@@ -70,8 +209,7 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchC
         in_features,
         lists,
         list_size,
-        weights,
-        tuple(weight.stride(1) for weight in weights),
+        *_weight_arguments(branches),
         partial,
         out_features,
         tuple(branch.threshold for branch in branches),
@@ -83,8 +221,9 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], configuration: LaunchC
         BLOCK_N=block_n,
         UNROLL=configuration.unroll,
         WHOLE_BLOCKS=all(features % block_n == 0 for features in out_features),
-        HOLD=hold_instructions(configuration.unroll, weight_bytes) if nvidia else None,
+        HOLD=hold_instructions(configuration.unroll, weights.tensors[0].element_size()) if nvidia else None,
         num_warps=configuration.num_warps,
+        **_format_constants(format, weights),
         **_early_launch(x.device),
     )
     return partial
@@ -107,21 +246,47 @@ def _add_partial_sums(
     )
 
 
-def _launch(
+def _launch_dense(
     x: Tensor,
     branches: Sequence[_Branch],
+    format: str,
     biases: Sequence[Tensor | None],
-    configuration: LaunchConfiguration | None,
-) -> list[Tensor]:
-    _check(x, branches)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    outs = [flat.new_empty((flat.shape[0], branch.weight.shape[0])) for branch in branches]
-    if flat.shape[0] > 0:
-        configuration = configuration or configuration_for(flat, [branch.weight for branch in branches])
-        with _on_device(flat):
-            partial = _partial_sums(flat, branches, configuration)
-            _add_partial_sums(flat, partial, biases, outs, configuration.sum_block)
-    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+    outs: Sequence[Tensor],
+    configuration: DenseConfiguration | None,
+) -> None:
+    out_features = tuple(branch.out_features for branch in branches)
+    weights = branches[0].weights
+    configuration = configuration or dense_configuration_for(x, sum(out_features))
+    block_n = max(configuration.block_n, weights.columns_per_word)
+    with _on_device(x):
+        dense_kernel[(sum(triton.cdiv(features, block_n) for features in out_features),)](
+            x,
+            x.shape[1],
+            *_weight_arguments(branches),
+            _contiguous(biases),
+            tuple(outs),
+            out_features,
+            BLOCK_N=block_n,
+            BLOCK_K=configuration.block_k,
+            num_warps=configuration.num_warps,
+            **_format_constants(format, weights),
+            **_early_launch(x.device),
+        )
+
+
+def _weight_arguments(branches: Sequence[_Branch]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The `weights` and `strides` of the kernels."""
+    tensors = zip(*(branch.weights.tensors for branch in branches), strict=True)
+    strides = zip(*(branch.weights.strides for branch in branches), strict=True)
+    return tuple(tensors), tuple(strides)
+
+
+def _format_constants(format: str, weights: KernelArguments) -> dict[str, Any]:
+    return {
+        "LOAD": LOAD_FUNCTIONS[format],
+        "CONSTANTS": weights.constants,
+        "COLUMNS_PER_WORD": weights.columns_per_word,
+    }
 
 
 def _contiguous(biases: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -135,127 +300,3 @@ def _early_launch(device: torch.device) -> dict[str, bool]:
 def _on_device(x: Tensor) -> torch.cuda.device:
     # Triton launches on the current device. Index -1 changes nothing.
     return torch.cuda.device(x.device if x.is_cuda else -1)
-
-
-def sparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    mode: float,
-    configuration: LaunchConfiguration | None = None,
-) -> Tensor:
-    """See `reference.sparse_linear`."""
-    return _launch(x, [_Branch(weight, threshold, mode)], [bias], configuration)[0]
-
-
-def sparse_linear_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    thresholds: Sequence[float],
-    modes: Sequence[float],
-    configuration: LaunchConfiguration | None = None,
-) -> list[Tensor]:
-    """See `reference.sparse_linear_group`."""
-    branches = [_Branch(*branch) for branch in zip(weights, thresholds, modes, strict=True)]
-    outs = []
-    for first in range(0, len(branches), MAX_BRANCHES):
-        together = slice(first, first + MAX_BRANCHES)
-        outs += _launch(x, branches[together], biases[together], configuration)
-    return outs
-
-
-def linear_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    configuration: DenseConfiguration | None = None,
-) -> list[Tensor]:
-    """See `reference.linear_group`."""
-    _check_dense(x, weights)
-    outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-    flat = x.reshape(-1).contiguous()
-    for first in range(0, len(weights), MAX_BRANCHES):
-        together = slice(first, first + MAX_BRANCHES)
-        _launch_dense(flat, weights[together], biases[together], outs[together], configuration)
-    return outs
-
-
-def _check_dense(x: Tensor, weights: Sequence[Tensor]) -> None:
-    if x.numel() != x.shape[-1]:
-        raise ValueError(f"the dense kernel takes one row, got an input of shape {tuple(x.shape)}")
-    for weight in weights:
-        out_features, in_features = weight.shape
-        if in_features != x.shape[-1]:
-            raise ValueError(f"weight of {in_features} input channels, input of {x.shape[-1]}")
-        if in_features > 1 and weight.stride(1) != 1 or out_features > 1 and weight.stride(0) < in_features:
-            raise ValueError(
-                f"weights must lie output-channel-major, with strides (>= {in_features}, 1); got {weight.stride()}"
-            )
-        if weight.device != x.device:
-            raise ValueError(f"weight on {weight.device}, input on {x.device}")
-
-
-def _launch_dense(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    outs: Sequence[Tensor],
-    configuration: DenseConfiguration | None,
-) -> None:
-    configuration = configuration or dense_configuration_for(x, sum(out.shape[-1] for out in outs))
-    with _on_device(x):
-        dense_kernel[(sum(triton.cdiv(out.shape[-1], configuration.block_n) for out in outs),)](
-            x,
-            x.shape[0],
-            tuple(weights),
-            tuple(weight.stride(0) for weight in weights),
-            _contiguous(biases),
-            tuple(outs),
-            tuple(out.shape[-1] for out in outs),
-            BLOCK_N=configuration.block_n,
-            BLOCK_K=configuration.block_k,
-            num_warps=configuration.num_warps,
-            **_early_launch(x.device),
-        )
-
-
-def sparse_gated_linear(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gate_threshold: float,
-    up_threshold: float,
-    gate_mode: float,
-    up_mode: float,
-    activation: str,
-    configuration: LaunchConfiguration | None = None,
-) -> Tensor:
-    """See `reference.sparse_gated_linear`."""
-    branches = [_Branch(gate_weight, gate_threshold, gate_mode), _Branch(up_weight, up_threshold, up_mode)]
-    _check(x, branches)
-    features = gate_weight.shape[0]
-    if up_weight.shape[0] != features:
-        raise ValueError(f"gate has {features} output features, up has {up_weight.shape[0]}")
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    out = flat.new_empty((flat.shape[0], features))
-    if flat.shape[0] > 0:
-        configuration = configuration or configuration_for(flat, [gate_weight, up_weight])
-        with _on_device(flat):
-            partial = _partial_sums(flat, branches, configuration)
-            add_gated_partial_sums_kernel[(triton.cdiv(features, configuration.sum_block), flat.shape[0])](
-                partial,
-                partial.shape[0],
-                *_contiguous([gate_bias, up_bias]),
-                out,
-                features,
-                ACTIVATION=activation,
-                SLICES_CEIL=triton.next_power_of_2(partial.shape[0]),
-                BLOCK_N=configuration.sum_block,
-                num_warps=SUM_WARPS,
-                **_early_launch(x.device),
-            )
-    return out.view(*x.shape[:-1], features)

@@ -11,6 +11,7 @@ from .device_functions import (
     accumulate_kept_channels,
     add_slices,
     choose,
+    choose_each,
     find_branch,
     list_kept_channels,
     wait_for_inputs,
@@ -24,7 +25,7 @@ def partial_sums_kernel(
     lists,
     list_size,
     weights,
-    weight_strides,
+    strides,
     partial,
     out_features,
     thresholds,
@@ -37,22 +38,27 @@ def partial_sums_kernel(
     UNROLL: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     HOLD: tl.constexpr,
+    LOAD: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    COLUMNS_PER_WORD: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
     """partial[slice, row, columns of all branches in turn], programs [column blocks of all branches; slices].
 
-    `weights`, `weight_strides`, `out_features`, `thresholds` and `modes` are tuples with an element per branch.
+    `out_features`, `thresholds` and `modes` are tuples with an element per branch; `weights` and `strides` hold such
+    tuples, one for each tensor and stride of the format whose function in `load` is LOAD.
     """
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     kept_list = lists + (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * list_size
     branch, block, first_column, all_features = find_branch(tl.program_id(0), out_features, BLOCK_N)
-    weight = choose(branch, weights)
-    weight_stride = choose(branch, weight_strides)
     features = choose(branch, out_features)
     threshold = choose(branch, thresholds)
     mode = choose(branch, modes)
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    words = block * (BLOCK_N // COLUMNS_PER_WORD) + tl.arange(0, BLOCK_N // COLUMNS_PER_WORD)
+    word_mask = None
+    if not WHOLE_BLOCKS:
+        word_mask = words < tl.cdiv(features, COLUMNS_PER_WORD)
     first = (tl.cast(in_features, tl.int64) * part // parts).to(tl.int32)
     channel_count = (tl.cast(in_features, tl.int64) * (part + 1) // parts).to(tl.int32) - first
     x += first
@@ -65,17 +71,20 @@ def partial_sums_kernel(
         mode,
         kept_list,
         count,
-        weight + first.to(tl.int64) * weight_stride,
-        weight_stride,
-        columns,
-        features,
+        choose_each(branch, weights),
+        choose_each(branch, strides),
+        first,
+        words,
+        word_mask,
         zero,
         ROWS,
         BLOCK_N,
         UNROLL,
-        WHOLE_BLOCKS,
         HOLD,
+        LOAD,
+        CONSTANTS,
     )
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     for row in tl.static_range(ROWS):
         pointers = partial + (part * ROWS + row).to(tl.int64) * all_features + first_column + columns
         tl.store(pointers, sums[row], mask=columns < features)
@@ -111,38 +120,41 @@ def dense_kernel(
     x,
     in_features,
     weights,
-    weight_strides,
+    strides,
     biases,
     outs,
     out_features,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LOAD: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    COLUMNS_PER_WORD: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
-    """out = weight x + bias of one token, weights output-channel-major; programs [blocks of BLOCK_N outputs].
+    """out = W x + bias of one token; programs [blocks of BLOCK_N outputs]. Weights as of `partial_sums_kernel`.
 
-    `weights`, `weight_strides`, `biases`, `outs` and `out_features` are tuples with an element per branch.
+    `biases`, of which any may be None, `outs` and `out_features` are tuples with an element per branch.
     """
     branch, block, _, _ = find_branch(tl.program_id(0), out_features, BLOCK_N)
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < choose(branch, out_features)
+    features = choose(branch, out_features)
+    weights = choose_each(branch, weights)
+    strides = choose_each(branch, strides)
+    words = block * (BLOCK_N // COLUMNS_PER_WORD) + tl.arange(0, BLOCK_N // COLUMNS_PER_WORD)[:, None]
+    word_mask = words < tl.cdiv(features, COLUMNS_PER_WORD)
     channels = tl.arange(0, BLOCK_K)
-    weight_stride = choose(branch, weight_strides)
-    pointers = choose(branch, weights) + rows.to(tl.int64)[:, None] * weight_stride + channels[None, :]
+    row = (channels[None, :],)
     # Weights do not depend on the kernels in front: the first are under way before x is waited for.
-    block_weights = tl.load(
-        pointers, mask=inside[:, None] & (channels < in_features)[None, :], other=0.0, eviction_policy="evict_first"
-    )
+    (ready,) = LOAD(weights, strides, 0, row, words, word_mask, row[0] < in_features, 0, None, CONSTANTS)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     wait_for_inputs(LAUNCH_EARLY)
     for start in range(0, in_features, BLOCK_K):
         values = tl.load(x + start + channels, mask=channels < in_features - start, other=0.0)
-        mask = inside[:, None] & (channels < in_features - start - BLOCK_K)[None, :]
-        following = tl.load(pointers + start + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
-        values = tl.broadcast_to(values.to(tl.float32)[None, :], sums.shape)
-        sums = tl.fma(block_weights.to(tl.float32), values, sums)
-        block_weights = following
-    _store_in_branch(tl.sum(sums, 1), branch, 0, rows, inside, out_features, biases, outs)
+        channel_mask = row[0] < in_features - start - BLOCK_K
+        (following,) = LOAD(weights, strides, start + BLOCK_K, row, words, word_mask, channel_mask, 0, None, CONSTANTS)
+        sums = tl.fma(ready.to(tl.float32), tl.broadcast_to(values.to(tl.float32)[None, :], sums.shape), sums)
+        ready = following
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    _store_in_branch(tl.sum(sums, 1), branch, 0, columns, columns < features, out_features, biases, outs)
 
 
 @triton.jit

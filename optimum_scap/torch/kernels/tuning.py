@@ -68,7 +68,7 @@ def tune(
     with torch.cuda.device(device):
         for in_features, out_features in shapes:
             deadline = max(deadline, time.monotonic()) + budget_seconds / len(shapes)
-            key = shape_key(in_features, out_features, dtype.itemsize)
+            key = shape_key(in_features, out_features, 8 * dtype.itemsize)
             found[key] = _tune_shape(in_features, out_features, dtype, device, deadline)
             logger.info("%s: %s", key, found[key])
     save(device_key(device), {key: tuned.configuration for key, tuned in found.items()}, path)
@@ -76,14 +76,14 @@ def tune(
 
 
 def candidates(
-    in_features: int, out_features: tuple[int, ...], weight_bytes: int, multiprocessors: int
+    in_features: int, out_features: tuple[int, ...], weight_bits: int, multiprocessors: int
 ) -> list[LaunchConfiguration]:
     """Configurations worth trying, the most promising first."""
     found = []
     for unroll in (8, 16):
         for num_warps in (4, 2, 8, 1):
             for resident_warps in RESIDENT_WARPS:
-                block_n = LaunchConfiguration(num_warps, unroll, 1, 64).block_n(weight_bytes)
+                block_n = LaunchConfiguration(num_warps, unroll, 1, 64).block_n(weight_bits)
                 blocks = sum(-(-features // block_n) for features in out_features)
                 slices = multiprocessors * resident_warps // num_warps // blocks
                 slices = max(1, min(slices, in_features // (MIN_CHANNELS_PER_SLICE // 2)))
@@ -105,7 +105,7 @@ def refinements(configuration: LaunchConfiguration, in_features: int) -> list[La
 def _tune_shape(
     in_features: int, out_features: tuple[int, ...], dtype: torch.dtype, device: torch.device, deadline: float
 ) -> TunedShape:
-    first = rule_of_thumb(device_key(device), 1, in_features, out_features, dtype.itemsize)
+    first = rule_of_thumb(device_key(device), 1, in_features, out_features, 8 * dtype.itemsize)
     problem = _Problem(in_features, out_features, dtype, device)
     reference = [problem.time(first, sparsity) for sparsity in SPARSITIES]
     best = TunedShape(first, 1.0, 1)
@@ -123,7 +123,7 @@ def _tune_shape(
             )
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    try_all(candidates(in_features, out_features, dtype.itemsize, multiprocessors))
+    try_all(candidates(in_features, out_features, 8 * dtype.itemsize, multiprocessors))
     try_all(refinements(best.configuration, in_features))
     return best
 
@@ -149,14 +149,11 @@ class _Problem:
         return graph_time([self._launch(number, threshold, configuration) for number in numbers])
 
     def _launch(self, number: int, threshold: float, configuration: LaunchConfiguration) -> Callable[[], Any]:
-        from .launch import sparse_linear, sparse_linear_group
+        from .launch import sparse_linear_group
 
-        x, weights = self.inputs[number], self.weights[number]
-        if len(weights) == 1:
-            return lambda: sparse_linear(x, weights[0], None, threshold, 0.0, configuration)
-        count = len(weights)
+        x, weights, count = self.inputs[number], self.weights[number], len(self.weights[number])
         return lambda: sparse_linear_group(
-            x, weights, count * [None], count * [threshold], count * [0.0], configuration
+            x, weights, "dense", count * [None], count * [threshold], count * [0.0], configuration
         )
 
 

@@ -21,12 +21,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x = random_input(generator, 2, 32, dtype)
     a = random_layer(generator, 32, 48, dtype, mode=0.25)
     b = random_layer(generator, 32, 48, dtype, with_bias=False)
-    pair = (x, a.weight, b.weight, a.bias, b.bias, a.threshold, b.threshold, a.mode, b.mode)
-    torch.library.opcheck(library.sparse_linear, (x, a.weight, a.bias, a.threshold, a.mode))
-    group = ([a.weight, b.weight], [a.bias, b.bias])
+    pair = (x, [a.weight], [b.weight], "dense", a.bias, b.bias, a.threshold, b.threshold, a.mode, b.mode)
+    torch.library.opcheck(library.sparse_linear, (x, [a.weight], "dense", a.bias, a.threshold, a.mode))
+    group = ([a.weight, b.weight], "dense", [a.bias, b.bias])
     torch.library.opcheck(library.sparse_linear_group, (x, *group, [a.threshold, b.threshold], [a.mode, b.mode]))
     dense = [layer.weight.t().contiguous() for layer in (a, a)]
-    torch.library.opcheck(library.linear_group, (random_input(generator, 1, 48, dtype), dense, [None, x[0]]))
+    torch.library.opcheck(library.linear_group, (random_input(generator, 1, 48, dtype), dense, "dense", [None, x[0]]))
     torch.library.opcheck(library.sparse_gated_linear, (*pair, "silu"))
 
 
