@@ -34,7 +34,13 @@ def _tensors(*layers: Tensor | Weights) -> tuple[list[Tensor], str]:
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor | Weights, bias: Tensor | None = None, *, threshold: float, mode: float = 0.0
+    x: Tensor,
+    weight: Tensor | Weights,
+    bias: Tensor | None = None,
+    *,
+    threshold: float,
+    mode: float = 0.0,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """A linear layer that reads only the weights of the kept input channels, see `reference.sparse_linear`.
 
@@ -43,13 +49,15 @@ def sparse_linear(
         weight: `[out_features, in_features]`, input-channel-major in memory: strides (1, >= out_features); or
             weights of any format of `torch.weights`.
         bias: `[out_features]`, with the folded mode in it: b + m * W·1.
-        threshold: channels with |x - mode| > threshold are kept.
+        threshold: channels with scale * |x - mode| > threshold are kept.
         mode: the mode of the activations.
+        scale: `[in_features]`, float32, contiguous, on the device of `x`; ones by default.
 
     Raises:
-        ValueError: on a GPU, if the weights do not lie input-channel-major or `x` has more than 8 rows.
+        ValueError: if `scale` is something else; on a GPU also if the weights do not lie input-channel-major or `x`
+            has more than 8 rows.
     """
-    return library.sparse_linear(x, *_tensors(weight), bias, threshold, mode)
+    return library.sparse_linear(x, *_tensors(weight), bias, threshold, mode, scale)
 
 
 def sparse_linear_group(
@@ -59,9 +67,12 @@ def sparse_linear_group(
     *,
     thresholds: Sequence[float],
     modes: Sequence[float],
+    scales: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Several sparse linear layers over one input in one go; arguments and errors as of `sparse_linear`."""
-    return library.sparse_linear_group(x, *_tensors(*weights), biases, thresholds, modes)
+    if scales is None:
+        scales = [None] * len(thresholds)
+    return library.sparse_linear_group(x, *_tensors(*weights), biases, thresholds, modes, scales)
 
 
 def linear_group(x: Tensor, weights: Sequence[Tensor | Weights], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -84,6 +95,8 @@ def sparse_gated_linear(
     up_threshold: float,
     gate_mode: float = 0.0,
     up_mode: float = 0.0,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """activation(gate(x)) * up(x), both layers sparse; arguments and errors as of `sparse_linear`.
@@ -95,9 +108,20 @@ def sparse_gated_linear(
         raise ValueError(f"unknown activation {activation!r}, choose from {', '.join(ACTIVATIONS)}")
     weights, format = _tensors(gate_weight, up_weight)
     half = len(weights) // 2
-    thresholds_and_modes = (gate_threshold, up_threshold, gate_mode, up_mode)
     return library.sparse_gated_linear(
-        x, weights[:half], weights[half:], format, gate_bias, up_bias, *thresholds_and_modes, activation
+        x,
+        weights[:half],
+        weights[half:],
+        format,
+        gate_bias,
+        up_bias,
+        gate_threshold,
+        up_threshold,
+        gate_mode,
+        up_mode,
+        gate_scale,
+        up_scale,
+        activation,
     )
 
 
@@ -116,6 +140,9 @@ def sparse_feed_forward(
     gate_mode: float = 0.0,
     up_mode: float = 0.0,
     down_mode: float = 0.0,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """down(activation(gate(x)) * up(x)), all three layers sparse; arguments and errors as of `sparse_gated_linear`."""
@@ -129,6 +156,8 @@ def sparse_feed_forward(
         up_threshold=up_threshold,
         gate_mode=gate_mode,
         up_mode=up_mode,
+        gate_scale=gate_scale,
+        up_scale=up_scale,
         activation=activation,
     )
-    return sparse_linear(hidden, down_weight, down_bias, threshold=down_threshold, mode=down_mode)
+    return sparse_linear(hidden, down_weight, down_bias, threshold=down_threshold, mode=down_mode, scale=down_scale)

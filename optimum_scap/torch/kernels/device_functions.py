@@ -1,6 +1,6 @@
 """What the Triton kernels of this package are built from.
 
-    keep_i = |x_i - m| > t                  compared in float32, strictly greater; NaN is kept
+    keep_i = s_i |x_i - m| > t              in float32, strictly greater; NaN is kept; s_i = 1 where there is no scale
     y      = sum over kept i of (x_i - m) W[:, i]  +  bias
 
 (SCAP, arXiv 2412.07174, section 3; `bias` holds the folded mode, b + m * W·1.)
@@ -68,19 +68,33 @@ def find_branch(program, out_features, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def centre(x, mode, threshold):
-    """x - m where kept, else 0; and which elements are kept. Both in float32."""
+def _load_scale(scale, channels, mask):
+    """`scale` is a pointer, and whether it counts; ones if not."""
+    pointer, counts = scale
+    return tl.load(pointer + channels, mask=mask & counts, other=1.0)
+
+
+@triton.jit
+def centre(x, mode, threshold, scale):
+    """x - m where kept, else 0; and which elements are kept. Both in float32; `scale` may be None."""
     centred = x.to(tl.float32) - mode
-    keep = (tl.abs(centred) <= threshold) == 0
+    distance = tl.abs(centred)
+    if scale is not None:
+        distance = distance * scale
+    keep = (distance <= threshold) == 0
     return tl.where(keep, centred, 0.0), keep
 
 
 @triton.jit
-def _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, ROWS: tl.constexpr):
+def _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, scale, ROWS: tl.constexpr):
     inside = channels < channel_count
     any_keeps = channels < 0
+    scales = None
+    if scale is not None:
+        scales = _load_scale(scale, channels, inside)
     for row in tl.static_range(ROWS):
-        _, keep = centre(tl.load(x + row * x_stride + channels, mask=inside, other=0.0), mode, threshold)
+        values = tl.load(x + row * x_stride + channels, mask=inside, other=0.0)
+        _, keep = centre(values, mode, threshold, scales)
         any_keeps = any_keeps | keep
     return (any_keeps & inside).to(tl.int32)
 
@@ -92,6 +106,7 @@ def list_kept_channels(
     channel_count,
     threshold,
     mode,
+    scale,
     kept_list,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -109,7 +124,8 @@ def list_kept_channels(
         kept_bits = tl.zeros([LANES], tl.int32)
         kept_by_lane = tl.zeros([LANES], tl.int32)
         for step in tl.static_range(STEPS):
-            keep = _any_row_keeps(x, x_stride, start + step * LANES + lanes, channel_count, threshold, mode, ROWS)
+            channels = start + step * LANES + lanes
+            keep = _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, scale, ROWS)
             kept_bits |= keep << step
             kept_by_lane += keep
         position = count + tl.cumsum(kept_by_lane, 0) - kept_by_lane
@@ -134,10 +150,13 @@ def _zeros(ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(x, x_stride, channel, ROWS: tl.constexpr):
+def _load_rows(x, x_stride, scale, channel, ROWS: tl.constexpr):
+    """The value of `channel` in each row, and its scale where it is needed again."""
     loaded = ()
     for row in tl.static_range(ROWS):
         loaded += (tl.load(x + row * x_stride + channel),)
+    if ROWS > 1 and scale is not None:
+        loaded += (_load_scale(scale, channel, True),)
     return loaded
 
 
@@ -145,11 +164,13 @@ def _load_rows(x, x_stride, channel, ROWS: tl.constexpr):
 def _add_products(sums, loaded, listed, threshold, mode, weights, ROWS: tl.constexpr):
     added = ()
     for row in tl.static_range(ROWS):
+        # The list holds what any of the rows keeps.
         if ROWS == 1:
             centred = loaded[row].to(tl.float32) - mode
+        elif len(loaded) > ROWS:
+            centred, _ = centre(loaded[row], mode, threshold, loaded[ROWS])
         else:
-            # The list holds what any of the rows keeps.
-            centred, _ = centre(loaded[row], mode, threshold)
+            centred, _ = centre(loaded[row], mode, threshold, None)
         added += (tl.fma(weights.to(tl.float32), tl.where(listed, centred, 0.0), sums[row]),)
     return added
 
@@ -160,6 +181,7 @@ def accumulate_kept_channels(
     x_stride,
     threshold,
     mode,
+    scale,
     kept_list,
     count,
     weights,
@@ -189,7 +211,7 @@ def accumulate_kept_channels(
         next_channels = ()
         loaded = ()
         for step in tl.static_range(UNROLL):
-            loaded += (_load_rows(x, x_stride, channels[step].to(tl.int32), ROWS),)
+            loaded += (_load_rows(x, x_stride, scale, channels[step].to(tl.int32), ROWS),)
             next_channels += (tl.load(kept_list + start + UNROLL + step),)
         loaded_weights = LOAD(weights, strides, first, channels, words, word_mask, None, zero, HOLD, CONSTANTS)
         for step in tl.static_range(UNROLL):

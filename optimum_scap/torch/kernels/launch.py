@@ -17,6 +17,7 @@ from .configurations import (
 )
 from .linear import add_gated_partial_sums_kernel, add_partial_sums_kernel, dense_kernel, partial_sums_kernel
 from .load import LOAD_FUNCTIONS, hold_instructions
+from .reference import check_scale
 
 
 MAX_ROWS = 8
@@ -31,8 +32,9 @@ class _Branch(NamedTuple):
 
     weights: KernelArguments
     out_features: int
-    threshold: float
-    mode: float
+    threshold: float = 0.0
+    mode: float = 0.0
+    scale: Tensor | None = None
 
 
 def sparse_linear(
@@ -42,10 +44,11 @@ def sparse_linear(
     bias: Tensor | None,
     threshold: float,
     mode: float,
+    scale: Tensor | None,
     configuration: LaunchConfiguration | None = None,
 ) -> Tensor:
     """See `reference.sparse_linear`."""
-    return sparse_linear_group(x, weights, format, [bias], [threshold], [mode], configuration)[0]
+    return sparse_linear_group(x, weights, format, [bias], [threshold], [mode], [scale], configuration)[0]
 
 
 def sparse_linear_group(
@@ -55,11 +58,12 @@ def sparse_linear_group(
     biases: Sequence[Tensor | None],
     thresholds: Sequence[float],
     modes: Sequence[float],
+    scales: Sequence[Tensor | None],
     configuration: LaunchConfiguration | None = None,
 ) -> list[Tensor]:
     """See `reference.sparse_linear_group`."""
     flat = _rows(x)
-    branches = _sparse_branches(flat, weights, format, thresholds, modes)
+    branches = _sparse_branches(flat, weights, format, thresholds, modes, scales)
     outs = _outputs(flat, branches)
     for together in _launches(branches):
         _launch_sparse(flat, branches[together], format, biases[together], outs[together], configuration)
@@ -77,7 +81,7 @@ def linear_group(
     if x.numel() != x.shape[-1]:
         raise ValueError(f"the dense kernel takes one row, got an input of shape {tuple(x.shape)}")
     flat = x.reshape(1, -1).contiguous()
-    branches = [_Branch(*layer, 0.0, 0.0) for layer in _checked(flat, weights, format, input_major=False)]
+    branches = [_Branch(*layer) for layer in _checked(flat, weights, format, input_major=False)]
     outs = _outputs(flat, branches)
     for together in _launches(branches):
         _launch_dense(flat, branches[together], format, biases[together], outs[together], configuration)
@@ -95,13 +99,20 @@ def sparse_gated_linear(
     up_threshold: float,
     gate_mode: float,
     up_mode: float,
+    gate_scale: Tensor | None,
+    up_scale: Tensor | None,
     activation: str,
     configuration: LaunchConfiguration | None = None,
 ) -> Tensor:
     """See `reference.sparse_gated_linear`."""
     flat = _rows(x)
     branches = _sparse_branches(
-        flat, [*gate_weights, *up_weights], format, [gate_threshold, up_threshold], [gate_mode, up_mode]
+        flat,
+        [*gate_weights, *up_weights],
+        format,
+        [gate_threshold, up_threshold],
+        [gate_mode, up_mode],
+        [gate_scale, up_scale],
     )
     features = branches[0].out_features
     if branches[1].out_features != features:
@@ -154,10 +165,20 @@ def _checked(
 
 
 def _sparse_branches(
-    x: Tensor, weights: Sequence[Tensor], format: str, thresholds: Sequence[float], modes: Sequence[float]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    thresholds: Sequence[float],
+    modes: Sequence[float],
+    scales: Sequence[Tensor | None],
 ) -> list[_Branch]:
     layers = _checked(x, weights, format, input_major=True)
-    return [_Branch(*layer, *prune) for layer, *prune in zip(layers, thresholds, modes, strict=True)]
+    for scale in scales:
+        check_scale(x, scale)
+    return [
+        _Branch(*layer, threshold, mode, scale)
+        for layer, threshold, mode, scale in zip(layers, thresholds, modes, scales, strict=True)
+    ]
 
 
 def _outputs(x: Tensor, branches: Sequence[_Branch]) -> list[Tensor]:
@@ -203,6 +224,8 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], format: str, configura
     lists = torch.empty(slices * blocks * list_size, dtype=list_dtype, device=x.device)
     partial = torch.empty((slices, rows, sum(out_features)), dtype=torch.float32, device=x.device)
     lanes = 32 * configuration.num_warps
+    # Where a branch without a scale points to.
+    some_scale = next((branch.scale for branch in branches if branch.scale is not None), None)
     nvidia = x.is_cuda and torch.version.hip is None
     partial_sums_kernel[(blocks, slices)](
         x,
@@ -214,6 +237,7 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], format: str, configura
         out_features,
         tuple(branch.threshold for branch in branches),
         tuple(branch.mode for branch in branches),
+        tuple(some_scale if branch.scale is None else branch.scale for branch in branches),
         0,
         ROWS=rows,
         LANES=lanes,
@@ -221,6 +245,7 @@ def _partial_sums(x: Tensor, branches: Sequence[_Branch], format: str, configura
         BLOCK_N=block_n,
         UNROLL=configuration.unroll,
         WHOLE_BLOCKS=all(features % block_n == 0 for features in out_features),
+        HAS_SCALE=None if some_scale is None else tuple(branch.scale is not None for branch in branches),
         HOLD=hold_instructions(configuration.unroll, weights.tensors[0].element_size()) if nvidia else None,
         num_warps=configuration.num_warps,
         **_format_constants(format, weights),

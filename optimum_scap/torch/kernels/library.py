@@ -83,13 +83,14 @@ def _like_one(x: Tensor, weights: Sequence[Tensor], format: str, *_: Any) -> Ten
 
 sparse_linear = register_operation(
     "sparse_linear",
-    "(Tensor x, Tensor[] weights, str format, Tensor? bias, float threshold, float mode) -> Tensor",
+    "(Tensor x, Tensor[] weights, str format, Tensor? bias, float threshold, float mode, Tensor? scale) -> Tensor",
     reference.sparse_linear,
     _like_one,
 )
 sparse_linear_group = register_operation(
     "sparse_linear_group",
-    "(Tensor x, Tensor[] weights, str format, Tensor?[] biases, float[] thresholds, float[] modes) -> Tensor[]",
+    "(Tensor x, Tensor[] weights, str format, Tensor?[] biases, float[] thresholds, float[] modes, Tensor?[] scales) "
+    "-> Tensor[]",
     reference.sparse_linear_group,
     _like,
 )
@@ -102,7 +103,8 @@ linear_group = register_operation(
 sparse_gated_linear = register_operation(
     "sparse_gated_linear",
     "(Tensor x, Tensor[] gate_weights, Tensor[] up_weights, str format, Tensor? gate_bias, Tensor? up_bias, "
-    "float gate_threshold, float up_threshold, float gate_mode, float up_mode, str activation) -> Tensor",
+    "float gate_threshold, float up_threshold, float gate_mode, float up_mode, Tensor? gate_scale, Tensor? up_scale, "
+    "str activation) -> Tensor",
     reference.sparse_gated_linear,
     lambda x, gate_weights, _, format, *__: _like_one(x, gate_weights, format),
 )

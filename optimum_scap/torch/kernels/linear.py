@@ -30,6 +30,7 @@ def partial_sums_kernel(
     out_features,
     thresholds,
     modes,
+    scales,
     zero,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -37,6 +38,7 @@ def partial_sums_kernel(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HOLD: tl.constexpr,
     LOAD: tl.constexpr,
     CONSTANTS: tl.constexpr,
@@ -45,8 +47,9 @@ def partial_sums_kernel(
 ):
     """partial[slice, row, columns of all branches in turn], programs [column blocks of all branches; slices].
 
-    `out_features`, `thresholds` and `modes` are tuples with an element per branch; `weights` and `strides` hold such
-    tuples, one for each tensor and stride of the format whose function in `load` is LOAD.
+    `out_features`, `thresholds`, `modes`, `scales` and HAS_SCALE (or None if no branch has one) are tuples with an
+    element per branch; `weights` and `strides` hold such tuples, one for each tensor and stride of the format that
+    LOAD, a function of `load`, reads.
     """
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -62,13 +65,19 @@ def partial_sums_kernel(
     first = (tl.cast(in_features, tl.int64) * part // parts).to(tl.int32)
     channel_count = (tl.cast(in_features, tl.int64) * (part + 1) // parts).to(tl.int32) - first
     x += first
+    scale = None
+    if HAS_SCALE is not None:
+        scale = (choose(branch, scales) + first, choose(branch, HAS_SCALE))
     wait_for_inputs(LAUNCH_EARLY)
-    count = list_kept_channels(x, in_features, channel_count, threshold, mode, kept_list, ROWS, LANES, STEPS, UNROLL)
+    count = list_kept_channels(
+        x, in_features, channel_count, threshold, mode, scale, kept_list, ROWS, LANES, STEPS, UNROLL
+    )
     sums = accumulate_kept_channels(
         x,
         in_features,
         threshold,
         mode,
+        scale,
         kept_list,
         count,
         choose_each(branch, weights),

@@ -1,6 +1,6 @@
 """The plain torch twins of the kernels: what they compute, what runs on the CPU, and what the tests compare with.
 
-    keep_i = |x_i - m| > t                  compared in float32, strictly greater; NaN is kept
+    keep_i = s_i |x_i - m| > t              in float32, strictly greater; NaN is kept; s_i = 1 where there is no scale
     y      = sum over kept i of (x_i - m) W[:, i]  +  bias
 
 (SCAP, arXiv 2412.07174, section 3; `bias` holds the folded mode, b + m * W·1.)
@@ -23,12 +23,34 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_scale(x: Tensor, scale: Tensor | None) -> None:
+    """Raises ValueError if `scale` is no scale of the input channels of `x`."""
+    if scale is None:
+        return
+    wanted, got = (x.shape[-1],), tuple(scale.shape)
+    if got != wanted or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(
+            f"a scale must be contiguous float32 of shape {wanted}; got {scale.dtype} of shape {got} and strides "
+            f"{scale.stride()}"
+        )
+    if scale.device != x.device:
+        raise ValueError(f"scale on {scale.device}, input on {x.device}")
+
+
 def _sparse_linear_float32(
-    x: Tensor, weights: Sequence[Tensor], format: str, bias: Tensor | None, threshold: float, mode: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    bias: Tensor | None,
+    threshold: float,
+    mode: float,
+    scale: Tensor | None,
 ) -> Tensor:
+    check_scale(x, scale)
     weight_format = find_format(format)
     centred = x.float() - mode
-    kept = torch.where(centred.abs() <= threshold, 0.0, centred)
+    distance = centred.abs() if scale is None else centred.abs() * scale
+    kept = torch.where(distance <= threshold, 0.0, centred)
     if mode == 0.0:  # what is kept is x itself: the product needs no copy of the weights in float32
         y = weight_format.multiply(kept.to(x.dtype), weights).float()
     else:
@@ -37,7 +59,13 @@ def _sparse_linear_float32(
 
 
 def sparse_linear(
-    x: Tensor, weights: Sequence[Tensor], format: str, bias: Tensor | None, threshold: float, mode: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    bias: Tensor | None,
+    threshold: float,
+    mode: float,
+    scale: Tensor | None,
 ) -> Tensor:
     """A linear layer that reads only the weights of the kept input channels.
 
@@ -49,11 +77,12 @@ def sparse_linear(
         bias: `[out_features]`, with the folded mode in it.
         threshold: t of the formula, a float32 value. Below zero every channel is kept.
         mode: m of the formula, a float32 value.
+        scale: s of the formula, `[in_features]`, float32, contiguous, on the device of `x`; None for ones.
 
     Returns:
         `[..., out_features]` of the type of `x`, accumulated in float32.
     """
-    return _sparse_linear_float32(x, weights, format, bias, threshold, mode).to(x.dtype)
+    return _sparse_linear_float32(x, weights, format, bias, threshold, mode, scale).to(x.dtype)
 
 
 def sparse_linear_group(
@@ -63,12 +92,13 @@ def sparse_linear_group(
     biases: Sequence[Tensor | None],
     thresholds: Sequence[float],
     modes: Sequence[float],
+    scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Several sparse linear layers over one input (`q`, `k`, `v`), each with its own threshold and mode.
+    """Several sparse linear layers over one input (`q`, `k`, `v`), each with its own threshold, mode and scale.
 
     `weights` holds the tensors of the first layer, then those of the second, and so on.
     """
-    layers = zip(find_format(format).layers(weights), biases, thresholds, modes, strict=True)
+    layers = zip(find_format(format).layers(weights), biases, thresholds, modes, scales, strict=True)
     return [sparse_linear(x, layer[0], format, *layer[1:]) for layer in layers]
 
 
@@ -98,9 +128,11 @@ def sparse_gated_linear(
     up_threshold: float,
     gate_mode: float,
     up_mode: float,
+    gate_scale: Tensor | None,
+    up_scale: Tensor | None,
     activation: str,
 ) -> Tensor:
     """activation(gate(x)) * up(x), rounded once; `activation` is one of ACTIVATIONS."""
-    gate = _sparse_linear_float32(x, gate_weights, format, gate_bias, gate_threshold, gate_mode)
-    up = _sparse_linear_float32(x, up_weights, format, up_bias, up_threshold, up_mode)
+    gate = _sparse_linear_float32(x, gate_weights, format, gate_bias, gate_threshold, gate_mode, gate_scale)
+    up = _sparse_linear_float32(x, up_weights, format, up_bias, up_threshold, up_mode, up_scale)
     return (ACTIVATIONS[activation](gate) * up).to(x.dtype)

@@ -153,7 +153,7 @@ class _Problem:
 
         x, weights, count = self.inputs[number], self.weights[number], len(self.weights[number])
         return lambda: sparse_linear_group(
-            x, weights, "dense", count * [None], count * [threshold], count * [0.0], configuration
+            x, weights, "dense", count * [None], count * [threshold], count * [0.0], count * [None], configuration
         )
 
 

@@ -36,8 +36,10 @@ def kernels(request: pytest.FixtureRequest):
     return IMPLEMENTATIONS[request.param]
 
 
-def linear(kernels, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    return kernels.sparse_linear(x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode)
+def linear(kernels, x: torch.Tensor, layer: Layer, *configuration: LaunchConfiguration | None) -> torch.Tensor:
+    return kernels.sparse_linear(
+        x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode, layer.scale, *configuration
+    )
 
 
 @settings(
@@ -64,7 +66,7 @@ def test_any_shape(
     generator = torch.Generator().manual_seed(seed)
     x = random_input(generator, rows, in_features, dtype)
     layer = random_layer(generator, in_features, out_features, dtype, threshold, mode, with_bias, padding)
-    y = launch.sparse_linear(x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode, configuration)
+    y = linear(launch, x, layer, configuration)
     assert y.dtype == dtype
     assert_close(y, expected(x, layer))
 
@@ -110,9 +112,9 @@ def test_denormal_differences_count(kernels) -> None:
     x = torch.tensor([[tiny, 2 * tiny, 3 * tiny, -3 * tiny]], device=DEVICE)
     weight = torch.full((4, 5), 2.0**120, device=DEVICE).t()
     weight[:, 1] = 2.0**100
-    y = kernels.sparse_linear(x, [weight], "dense", None, 2 * tiny, 0.0)
+    y = kernels.sparse_linear(x, [weight], "dense", None, 2 * tiny, 0.0, None)
     assert torch.equal(y, torch.zeros_like(y))  # the last two cancel, the first two are pruned
-    y = kernels.sparse_linear(x, [weight], "dense", None, tiny, 0.0)
+    y = kernels.sparse_linear(x, [weight], "dense", None, tiny, 0.0, None)
     assert torch.equal(y, torch.full_like(y, 2.0**-39))
 
 
@@ -151,6 +153,7 @@ def test_layers_of_a_group_have_thresholds_modes_and_sizes_of_their_own(
         [layer.bias for layer in layers],
         [layer.threshold for layer in layers],
         [layer.mode for layer in layers],
+        [layer.scale for layer in layers],
     )
     for y, layer in zip(outputs, layers, strict=True):
         assert y.dtype == dtype and y.is_contiguous()
@@ -227,6 +230,8 @@ def test_gated_linear(kernels, dtype: torch.dtype, activation: str) -> None:
         up.threshold,
         gate.mode,
         up.mode,
+        gate.scale,
+        up.scale,
         activation,
     )
     assert_close(y, reference.ACTIVATIONS[activation](expected(x, gate)) * expected(x, up))
@@ -238,7 +243,7 @@ def test_longer_slices_than_one_pass_of_the_list(kernels) -> None:
     layer = random_layer(generator, x.shape[1], 20, torch.float32, threshold=1.6)
     if kernels is launch:
         one_slice = LaunchConfiguration(num_warps=1, unroll=8, slices=1, sum_block=32)
-        y = kernels.sparse_linear(x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode, one_slice)
+        y = linear(kernels, x, layer, one_slice)
     else:
         y = linear(kernels, x, layer)
     assert_close(y, expected(x, layer))
@@ -258,12 +263,12 @@ def test_repeated_runs_agree_bit_by_bit_and_write_every_element() -> None:
     generator = torch.Generator().manual_seed(7)
     x = random_input(generator, 2, 100, torch.float16)
     layer = random_layer(generator, 100, 300, torch.float16)
-    first = launch.sparse_linear(x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode, SMALL)
+    first = linear(launch, x, layer, SMALL)
     for _ in range(20 if ON_GPU else 2):
         # What the allocator hands out next is full of NaN.
         poison = [torch.full((size,), torch.nan, device=DEVICE) for size in (2 * 300, 3 * 2 * 300, 4096)]
         del poison
-        again = launch.sparse_linear(x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode, SMALL)
+        again = linear(launch, x, layer, SMALL)
         assert torch.equal(first, again)
 
 
@@ -271,10 +276,10 @@ def test_wrong_arguments_are_refused() -> None:
     weight = torch.zeros(6, 4, device=DEVICE)
     x = torch.zeros(1, 4, device=DEVICE)
     with pytest.raises(ValueError, match="input-channel-major"):
-        launch.sparse_linear(x, [weight], "dense", None, 0.0, 0.0)
+        launch.sparse_linear(x, [weight], "dense", None, 0.0, 0.0, None)
     with pytest.raises(ValueError, match="4 input channels, input of 5"):
-        launch.sparse_linear(torch.zeros(1, 5, device=DEVICE), [weight], "dense", None, 0.0, 0.0)
+        launch.sparse_linear(torch.zeros(1, 5, device=DEVICE), [weight], "dense", None, 0.0, 0.0, None)
     with pytest.raises(ValueError, match="up to 8 rows, got 9"):
         launch.sparse_linear(
-            torch.zeros(3, 3, 4, device=DEVICE), [weight.t().contiguous().t()], "dense", None, 0.0, 0.0
+            torch.zeros(3, 3, 4, device=DEVICE), [weight.t().contiguous().t()], "dense", None, 0.0, 0.0, None
         )

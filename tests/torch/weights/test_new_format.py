@@ -109,7 +109,8 @@ def test_sparse_kernels_agree_with_their_twin(in_features, out_features, rows, d
     x = torch.randn(rows, in_features, generator=generator).to(DEVICE, dtype)
     count = len(out_features)
     biases = [torch.randn(features, generator=generator).to(DEVICE) for features in out_features]
-    arguments = (x, weights, NAME, biases, count * [0.5], count * [mode])
+    scales = [torch.rand(in_features, generator=generator).to(DEVICE), None, None, None][:count]
+    arguments = (x, weights, NAME, biases, count * [0.5], count * [mode], scales)
     assert_close(launch.sparse_linear_group(*arguments, configuration), reference.sparse_linear_group(*arguments))
 
 
@@ -117,7 +118,7 @@ def test_gated_and_dense_kernels_agree_with_their_twins() -> None:
     generator = torch.Generator().manual_seed(1)
     gate, up = random_weights(generator, 70, 140, 140)
     x = torch.randn(2, 70, generator=generator).to(DEVICE)
-    arguments = (x, gate.tensors, up.tensors, NAME, None, None, 0.4, 0.6, 0.25, 0.0, "silu")
+    arguments = (x, gate.tensors, up.tensors, NAME, None, None, 0.4, 0.6, 0.25, 0.0, None, None, "silu")
     assert_close([launch.sparse_gated_linear(*arguments)], [reference.sparse_gated_linear(*arguments)])
     dense = (x[:1], tensors_of([gate, up]), NAME, [None, None])
     assert_close(launch.linear_group(*dense), reference.linear_group(*dense))
@@ -134,12 +135,14 @@ def test_operations_take_weights_of_the_format() -> None:
             x, gate, up, down, gate_threshold=0.5, up_threshold=0.5, down_threshold=0.2, down_mode=0.125
         )
 
-    hidden = reference.sparse_gated_linear(x, gate.tensors, up.tensors, NAME, None, None, 0.5, 0.5, 0.0, 0.0, "silu")
-    wanted = reference.sparse_linear(hidden, down.tensors, NAME, None, 0.2, 0.125)
+    hidden = reference.sparse_gated_linear(
+        x, gate.tensors, up.tensors, NAME, None, None, 0.5, 0.5, 0.0, 0.0, None, None, "silu"
+    )
+    wanted = reference.sparse_linear(hidden, down.tensors, NAME, None, 0.2, 0.125, None)
     compiled = torch.compile(run, fullgraph=True, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
     with torch.no_grad():
         assert_close([run(x), compiled(x)], [wanted, wanted])
-    torch.library.opcheck(library.sparse_linear, (x, list(gate.tensors), NAME, None, 0.5, 0.0))
+    torch.library.opcheck(library.sparse_linear, (x, list(gate.tensors), NAME, None, 0.5, 0.0, None))
     sparse = kernels.sparse_linear_group(x, [gate, up], [None, None], thresholds=[0.5, 0.6], modes=[0.0, 0.0])
     assert_close(sparse[1:], [kernels.sparse_linear(x, up, threshold=0.6)])
 
@@ -150,7 +153,9 @@ def test_kernels_of_the_format_are_not_those_of_another() -> None:
     (weights,) = random_weights(generator, 64, 128)
     x = torch.randn(1, 64, generator=generator).to(DEVICE)
     dense = find_format("dense").pack(find_format(NAME).dequantize(weights.tensors))
-    outputs = [launch.sparse_linear(x, layer.tensors, layer.format, None, 0.5, 0.0) for layer in (weights, dense)]
+    outputs = [
+        launch.sparse_linear(x, layer.tensors, layer.format, None, 0.5, 0.0, None) for layer in (weights, dense)
+    ]
     assert_close(outputs[:1], outputs[1:])
 
 
