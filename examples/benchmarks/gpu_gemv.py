@@ -66,7 +66,7 @@ class Problem:
     def time(self, launch: Callable[[int], Any], sparsity: float = 0.0) -> float:
         """Median time in us of `launch(number of the copy)`."""
         count = max(6, int(READ_PER_GRAPH / (self.bytes * max(1 - sparsity, 0.01))))
-        return graph_time([lambda number=number: launch(number) for number in range(min(count, self.copies))], 9)
+        return graph_time([lambda number=number: launch(number) for number in range(min(count, self.copies))])
 
     def run_dense(self, number: int) -> Tensor:
         return F.linear(self.inputs[number], self.dense[number])

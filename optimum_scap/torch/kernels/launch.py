@@ -1,13 +1,14 @@
 """Launches the Triton kernels: the operations of `library` on a GPU. What they compute stands in `reference`."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..weights import KernelArguments, find_format
+from ..weights import KernelArguments
+from .branches import Branch, dense_branches, launches, outputs, row_of, rows_of, sparse_branches
 from .configurations import (
     DenseConfiguration,
     LaunchConfiguration,
@@ -17,24 +18,10 @@ from .configurations import (
 )
 from .linear import add_gated_partial_sums_kernel, add_partial_sums_kernel, dense_kernel, partial_sums_kernel
 from .load import LOAD_FUNCTIONS, hold_instructions
-from .reference import check_scale
 
 
-MAX_ROWS = 8
 MAX_STEPS = 16
 SUM_WARPS = 4
-# Layers over one input that one launch computes.
-MAX_BRANCHES = 3
-
-
-class _Branch(NamedTuple):
-    """One layer over the shared input."""
-
-    weights: KernelArguments
-    out_features: int
-    threshold: float = 0.0
-    mode: float = 0.0
-    scale: Tensor | None = None
 
 
 def sparse_linear(
@@ -62,10 +49,10 @@ def sparse_linear_group(
     configuration: LaunchConfiguration | None = None,
 ) -> list[Tensor]:
     """See `reference.sparse_linear_group`."""
-    flat = _rows(x)
-    branches = _sparse_branches(flat, weights, format, thresholds, modes, scales)
-    outs = _outputs(flat, branches)
-    for together in _launches(branches):
+    flat = rows_of(x)
+    branches = sparse_branches(flat, weights, format, thresholds, modes, scales)
+    outs = outputs(flat, branches)
+    for together in launches(branches):
         _launch_sparse(flat, branches[together], format, biases[together], outs[together], configuration)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
@@ -78,12 +65,10 @@ def linear_group(
     configuration: DenseConfiguration | None = None,
 ) -> list[Tensor]:
     """See `reference.linear_group`."""
-    if x.numel() != x.shape[-1]:
-        raise ValueError(f"the dense kernel takes one row, got an input of shape {tuple(x.shape)}")
-    flat = x.reshape(1, -1).contiguous()
-    branches = [_Branch(*layer) for layer in _checked(flat, weights, format, input_major=False)]
-    outs = _outputs(flat, branches)
-    for together in _launches(branches):
+    flat = row_of(x)
+    branches = dense_branches(flat, weights, format)
+    outs = outputs(flat, branches)
+    for together in launches(branches):
         _launch_dense(flat, branches[together], format, biases[together], outs[together], configuration)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
@@ -105,8 +90,8 @@ def sparse_gated_linear(
     configuration: LaunchConfiguration | None = None,
 ) -> Tensor:
     """See `reference.sparse_gated_linear`."""
-    flat = _rows(x)
-    branches = _sparse_branches(
+    flat = rows_of(x)
+    branches = sparse_branches(
         flat,
         [*gate_weights, *up_weights],
         format,
@@ -117,7 +102,7 @@ def sparse_gated_linear(
     features = branches[0].out_features
     if branches[1].out_features != features:
         raise ValueError(f"gate has {features} output features, up has {branches[1].out_features}")
-    (out,) = _outputs(flat, branches[:1])
+    (out,) = outputs(flat, branches[:1])
     if flat.shape[0] > 0:
         configuration = configuration or _configuration(flat, branches, format)
         with _on_device(flat):
@@ -137,66 +122,14 @@ def sparse_gated_linear(
     return out.view(*x.shape[:-1], features)
 
 
-def _rows(x: Tensor) -> Tensor:
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows > MAX_ROWS:
-        raise ValueError(f"sparse kernels take up to {MAX_ROWS} rows, got {rows}")
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _checked(
-    x: Tensor, weights: Sequence[Tensor], format: str, input_major: bool
-) -> list[tuple[KernelArguments, int]]:
-    """What a kernel is given for each layer, and the layer's out_features."""
-    weight_format = find_format(format)
-    layers: list[tuple[KernelArguments, int]] = []
-    for tensors in weight_format.layers(weights):
-        out_features, in_features = weight_format.shape(tensors)
-        if in_features != x.shape[-1]:
-            raise ValueError(f"weight of {in_features} input channels, input of {x.shape[-1]}")
-        arguments = weight_format.kernel_arguments(tensors, input_major)
-        for tensor in arguments.tensors:
-            if tensor.device != x.device:
-                raise ValueError(f"weight on {tensor.device}, input on {x.device}")
-        if layers and arguments.constants != layers[0][0].constants:
-            raise ValueError(f"layers over one input must be stored alike, got {format} weights that are not")
-        layers.append((arguments, out_features))
-    return layers
-
-
-def _sparse_branches(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    format: str,
-    thresholds: Sequence[float],
-    modes: Sequence[float],
-    scales: Sequence[Tensor | None],
-) -> list[_Branch]:
-    layers = _checked(x, weights, format, input_major=True)
-    for scale in scales:
-        check_scale(x, scale)
-    return [
-        _Branch(*layer, threshold, mode, scale)
-        for layer, threshold, mode, scale in zip(layers, thresholds, modes, scales, strict=True)
-    ]
-
-
-def _outputs(x: Tensor, branches: Sequence[_Branch]) -> list[Tensor]:
-    return [x.new_empty((x.shape[0], branch.out_features)) for branch in branches]
-
-
-def _launches(branches: Sequence[_Branch]) -> list[slice]:
-    return [slice(first, first + MAX_BRANCHES) for first in range(0, len(branches), MAX_BRANCHES)]
-
-
-def _configuration(x: Tensor, branches: Sequence[_Branch], format: str) -> LaunchConfiguration:
+def _configuration(x: Tensor, branches: Sequence[Branch], format: str) -> LaunchConfiguration:
     out_features = tuple(branch.out_features for branch in branches)
     return configuration_for(x, out_features, branches[0].weights.bits, format)
 
 
 def _launch_sparse(
     x: Tensor,
-    branches: Sequence[_Branch],
+    branches: Sequence[Branch],
     format: str,
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
@@ -210,7 +143,7 @@ def _launch_sparse(
         _add_partial_sums(x, partial, biases, outs, configuration.sum_block)
 
 
-def _partial_sums(x: Tensor, branches: Sequence[_Branch], format: str, configuration: LaunchConfiguration) -> Tensor:
+def _partial_sums(x: Tensor, branches: Sequence[Branch], format: str, configuration: LaunchConfiguration) -> Tensor:
     """Launches `partial_sums_kernel`; x is [rows, in_features], contiguous."""
     rows, in_features = x.shape
     out_features = tuple(branch.out_features for branch in branches)
@@ -273,7 +206,7 @@ def _add_partial_sums(
 
 def _launch_dense(
     x: Tensor,
-    branches: Sequence[_Branch],
+    branches: Sequence[Branch],
     format: str,
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
@@ -299,7 +232,7 @@ def _launch_dense(
         )
 
 
-def _weight_arguments(branches: Sequence[_Branch]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _weight_arguments(branches: Sequence[Branch]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The `weights` and `strides` of the kernels."""
     tensors = zip(*(branch.weights.tensors for branch in branches), strict=True)
     strides = zip(*(branch.weights.strides for branch in branches), strict=True)

@@ -34,6 +34,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def feed_forward(generator: torch.Generator, features: int, hidden: int, dtype: torch.dtype):
     gate, up = (random_layer(generator, features, hidden, dtype, threshold=t) for t in (0.4, 0.6))
     down = random_layer(generator, hidden, features, dtype, threshold=3.0, mode=0.5)
+    down.scale = (0.5 + torch.rand(hidden, generator=generator)).to(DEVICE)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return kernels.sparse_feed_forward(
@@ -48,6 +49,7 @@ def feed_forward(generator: torch.Generator, features: int, hidden: int, dtype: 
             up_threshold=up.threshold,
             down_threshold=down.threshold,
             down_mode=down.mode,
+            down_scale=down.scale,
         )
 
     def wanted(x: torch.Tensor) -> torch.Tensor:
