@@ -1,7 +1,7 @@
 """How the weights of a fully connected layer are stored: the interface of a format, and the formats by name.
 
-A format is a file of this package that registers an instance of its `WeightFormat`, and a function of
-`kernels/load.py` that reads such weights on a GPU. Whatever else there is knows no format.
+A format is a file of this package, imported by `__init__`, that registers an instance of its `WeightFormat`, and a
+function of `kernels/load.py` that reads such weights on a GPU. Whatever else there is knows no format.
 """
 
 from abc import ABC, abstractmethod
