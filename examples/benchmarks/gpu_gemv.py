@@ -66,7 +66,7 @@ class Problem:
     def time(self, launch: Callable[[int], Any], sparsity: float = 0.0) -> float:
         """Median time in us of `launch(number of the copy)`."""
         count = max(6, int(READ_PER_GRAPH / (self.bytes * max(1 - sparsity, 0.01))))
-        return graph_time([lambda number=number: launch(number) for number in range(min(count, self.copies))], 9)
+        return graph_time([lambda number=number: launch(number) for number in range(min(count, self.copies))])
 
     def run_dense(self, number: int) -> Tensor:
         return F.linear(self.inputs[number], self.dense[number])
@@ -138,7 +138,7 @@ def measure(
     for name, shape in shapes.items():
         problem = Problem(pool, shape)
         dense = problem.time(problem.run_dense)
-        configuration = configuration_for(problem.inputs[0], problem.sparse[0])
+        configuration = configuration_for(problem.inputs[0], problem.out_features, 8 * pool.element_size())
         for sparsity in sparsities:
             threshold = normal_threshold(sparsity)
             row = {

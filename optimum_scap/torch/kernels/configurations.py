@@ -42,9 +42,9 @@ class LaunchConfiguration:
     slices: int
     sum_block: int
 
-    def block_n(self, weight_bytes: int) -> int:
+    def block_n(self, weight_bits: int) -> int:
         """Output columns per program."""
-        return self.num_warps * 32 * 16 // weight_bytes
+        return self.num_warps * 32 * 128 // weight_bits
 
 
 @dataclass(frozen=True)
@@ -72,31 +72,33 @@ def dense_configuration_for(x: Tensor, out_features: int) -> DenseConfiguration:
     return DenseConfiguration(num_warps=4, block_n=8 if 1 < rounds <= 1.5 else 4, block_k=1024)
 
 
-def configuration_for(x: Tensor, weights: Sequence[Tensor]) -> LaunchConfiguration:
-    """The configuration for weights `[out_features, in_features]` that share the input `x` `[rows, in_features]`."""
-    out_features = tuple(weight.shape[0] for weight in weights)
-    return _configuration_for(device_key(x.device), x.shape[0], x.shape[1], out_features, weights[0].element_size())
+def configuration_for(
+    x: Tensor, out_features: Sequence[int], weight_bits: int, format: str = "dense"
+) -> LaunchConfiguration:
+    """The configuration for layers of so many outputs that share the input `x` `[rows, in_features]`."""
+    return _configuration_for(device_key(x.device), x.shape[0], x.shape[1], tuple(out_features), weight_bits, format)
 
 
 @cache
 def _configuration_for(
-    device: str, rows: int, in_features: int, out_features: tuple[int, ...], weight_bytes: int
+    device: str, rows: int, in_features: int, out_features: tuple[int, ...], weight_bits: int, format: str
 ) -> LaunchConfiguration:
-    tuned = _tuned().get(device, {}).get(shape_key(in_features, out_features, weight_bytes)) if rows == 1 else None
-    return tuned or rule_of_thumb(device, rows, in_features, out_features, weight_bytes)
+    key = shape_key(in_features, out_features, weight_bits, format)
+    tuned = _tuned().get(device, {}).get(key) if rows == 1 else None
+    return tuned or rule_of_thumb(device, rows, in_features, out_features, weight_bits)
 
 
 def rule_of_thumb(
-    device: str, rows: int, in_features: int, out_features: tuple[int, ...], weight_bytes: int
+    device: str, rows: int, in_features: int, out_features: tuple[int, ...], weight_bits: int
 ) -> LaunchConfiguration:
     """A configuration that is good, if not best, for any shape."""
     # Accumulators of several rows need the registers that loads in flight would take.
     unroll = 8 if rows <= 2 else 4
     num_warps = 4
-    while num_warps > 1 and num_warps * 32 * 16 // weight_bytes > 2 * max(out_features):
+    while num_warps > 1 and num_warps * 32 * 128 // weight_bits > 2 * max(out_features):
         num_warps //= 2
     configuration = LaunchConfiguration(num_warps, unroll, 1, 64)
-    blocks = sum(-(-features // configuration.block_n(weight_bytes)) for features in out_features)
+    blocks = sum(-(-features // configuration.block_n(weight_bits)) for features in out_features)
     multiprocessors = int(device.rpartition("x")[2])
     slices = min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // blocks, in_features // MIN_CHANNELS_PER_SLICE)
     slices = max(1, slices)
@@ -108,9 +110,13 @@ def sum_block_for(slices: int) -> int:
     return 32 if slices > 24 else 64
 
 
-def shape_key(in_features: int, out_features: Sequence[int], weight_bytes: int) -> str:
-    """Name of a shape in the tuned data: `4096x11008+11008x16bit` for a pair of 16-bit weights."""
-    return f"{in_features}x{'+'.join(map(str, out_features))}x{8 * weight_bytes}bit"
+def shape_key(in_features: int, out_features: Sequence[int], weight_bits: int, format: str = "dense") -> str:
+    """Name of a shape in the tuned data: `4096x11008+11008x16bit` for a pair of dense 16-bit weights.
+
+    Names of other formats follow, `4096x4096x4bit-pack-quantized`.
+    """
+    suffix = "" if format == "dense" else f"-{format}"
+    return f"{in_features}x{'+'.join(map(str, out_features))}x{weight_bits}bit{suffix}"
 
 
 @cache

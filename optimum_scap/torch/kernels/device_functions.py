@@ -1,6 +1,6 @@
 """What the Triton kernels of this package are built from.
 
-    keep_i = |x_i - m| > t                  compared in float32, strictly greater; NaN is kept
+    keep_i = s_i |x_i - m| > t              in float32, strictly greater; NaN is kept; s_i = 1 where there is no scale
     y      = sum over kept i of (x_i - m) W[:, i]  +  bias
 
 (SCAP, arXiv 2412.07174, section 3; `bias` holds the folded mode, b + m * W·1.)
@@ -18,25 +18,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-def hold_instructions(unroll: int, weight_bytes: int) -> tuple[str, str, int]:
-    """PTX that hands `pack` accumulators on once all `unroll` weight loads of an iteration have arrived.
-
-    ptxas likes to save registers by moving every load down to its use, which leaves one load in flight instead of
-    `unroll` and costs more than half of the bandwidth. Neither the order in PTX nor a barrier keeps it from that; a
-    dependence of the first multiplication on every load does. `zero` is 0, which ptxas cannot know.
-
-    Returns:
-        instructions, constraints, and the number of consecutive elements they work on, as `inline_asm_elementwise`
-        takes them. Operands: results, accumulators, zero, then 16 bytes of weights per load.
-    """
-    pack = 16 // weight_bytes
-    first_weight = 3 * pack
-    combined = "".join(f" xor.b32 w, w, ${first_weight + 4 * step};" for step in range(1, unroll))
-    handed_on = "".join(f" xor.b32 ${element}, ${pack + element}, w;" for element in range(pack))
-    instructions = f"{{ .reg .b32 w; mov.b32 w, ${first_weight};{combined} and.b32 w, w, ${2 * pack};{handed_on} }}"
-    return instructions, ",".join(["=r"] * pack + ["r"] * (2 * pack + 4 * unroll)), pack
-
-
 @triton.jit
 def wait_for_inputs(LAUNCH_EARLY: tl.constexpr):
     """Programmatic dependent launch (compute capability >= 9.0): this program was placed on the GPU while the kernels
@@ -48,19 +29,72 @@ def wait_for_inputs(LAUNCH_EARLY: tl.constexpr):
 
 
 @triton.jit
-def centre(x, mode, threshold):
-    """x - m where kept, else 0; and which elements are kept. Both in float32."""
+def choose(branch, values):
+    """The element of the tuple `values` that belongs to `branch`; pointers must be of one type."""
+    chosen = values[0]
+    for number in tl.static_range(1, len(values)):
+        chosen = tl.where(branch == number, values[number], chosen)
+    return chosen
+
+
+@triton.jit
+def choose_each(branch, tuples):
+    """As `choose`, of every tuple in the tuple `tuples`; a tuple."""
+    chosen = ()
+    for number in tl.static_range(len(tuples)):
+        chosen += (choose(branch, tuples[number]),)
+    return chosen
+
+
+@triton.jit
+def find_branch(program, out_features, BLOCK_N: tl.constexpr):
+    """Of `program`: its branch, its block there, the branch's first column, and the number of all columns.
+
+    The blocks of BLOCK_N columns of the branches, which have `out_features` columns each, follow each other.
+    """
+    branch = 0
+    block = program
+    first_column = 0
+    first_block = 0
+    all_features = out_features[0]
+    for number in tl.static_range(1, len(out_features)):
+        first_block += tl.cdiv(out_features[number - 1], BLOCK_N)
+        behind = program >= first_block
+        branch = tl.where(behind, number, branch)
+        block = tl.where(behind, program - first_block, block)
+        first_column = tl.where(behind, all_features, first_column)
+        all_features += out_features[number]
+    return branch, block, first_column, all_features
+
+
+@triton.jit
+def _load_scale(scale, channels, mask):
+    """`scale` is a pointer, and whether it counts; ones if not."""
+    pointer, counts = scale
+    return tl.load(pointer + channels, mask=mask & counts, other=1.0)
+
+
+@triton.jit
+def centre(x, mode, threshold, scale):
+    """x - m where kept, else 0; and which elements are kept. Both in float32; `scale` may be None."""
     centred = x.to(tl.float32) - mode
-    keep = (tl.abs(centred) <= threshold) == 0
+    distance = tl.abs(centred)
+    if scale is not None:
+        distance = distance * scale
+    keep = (distance <= threshold) == 0
     return tl.where(keep, centred, 0.0), keep
 
 
 @triton.jit
-def _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, ROWS: tl.constexpr):
+def _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, scale, ROWS: tl.constexpr):
     inside = channels < channel_count
     any_keeps = channels < 0
+    scales = None
+    if scale is not None:
+        scales = _load_scale(scale, channels, inside)
     for row in tl.static_range(ROWS):
-        _, keep = centre(tl.load(x + row * x_stride + channels, mask=inside, other=0.0), mode, threshold)
+        values = tl.load(x + row * x_stride + channels, mask=inside, other=0.0)
+        _, keep = centre(values, mode, threshold, scales)
         any_keeps = any_keeps | keep
     return (any_keeps & inside).to(tl.int32)
 
@@ -72,6 +106,7 @@ def list_kept_channels(
     channel_count,
     threshold,
     mode,
+    scale,
     kept_list,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -89,7 +124,8 @@ def list_kept_channels(
         kept_bits = tl.zeros([LANES], tl.int32)
         kept_by_lane = tl.zeros([LANES], tl.int32)
         for step in tl.static_range(STEPS):
-            keep = _any_row_keeps(x, x_stride, start + step * LANES + lanes, channel_count, threshold, mode, ROWS)
+            channels = start + step * LANES + lanes
+            keep = _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, scale, ROWS)
             kept_bits |= keep << step
             kept_by_lane += keep
         position = count + tl.cumsum(kept_by_lane, 0) - kept_by_lane
@@ -114,33 +150,27 @@ def _zeros(ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(x, x_stride, channel, ROWS: tl.constexpr):
+def _load_rows(x, x_stride, scale, channel, ROWS: tl.constexpr):
+    """The value of `channel` in each row, and its scale where it is needed again."""
     loaded = ()
     for row in tl.static_range(ROWS):
         loaded += (tl.load(x + row * x_stride + channel),)
+    if ROWS > 1 and scale is not None:
+        loaded += (_load_scale(scale, channel, True),)
     return loaded
-
-
-@triton.jit
-def _hold(sums, weights, zero, HOLD: tl.constexpr):
-    if HOLD is not None:
-        zeros = tl.zeros(sums[0].shape, tl.int32) + zero
-        held = tl.inline_asm_elementwise(
-            HOLD[0], HOLD[1], (sums[0], zeros) + weights, dtype=tl.float32, is_pure=True, pack=HOLD[2]
-        )
-        sums = (held,) + sums[1:]
-    return sums
 
 
 @triton.jit
 def _add_products(sums, loaded, listed, threshold, mode, weights, ROWS: tl.constexpr):
     added = ()
     for row in tl.static_range(ROWS):
+        # The list holds what any of the rows keeps.
         if ROWS == 1:
             centred = loaded[row].to(tl.float32) - mode
+        elif len(loaded) > ROWS:
+            centred, _ = centre(loaded[row], mode, threshold, loaded[ROWS])
         else:
-            # The list holds what any of the rows keeps.
-            centred, _ = centre(loaded[row], mode, threshold)
+            centred, _ = centre(loaded[row], mode, threshold, None)
         added += (tl.fma(weights.to(tl.float32), tl.where(listed, centred, 0.0), sums[row]),)
     return added
 
@@ -151,23 +181,26 @@ def accumulate_kept_channels(
     x_stride,
     threshold,
     mode,
+    scale,
     kept_list,
     count,
-    weight,
-    weight_stride,
-    columns,
-    out_features,
+    weights,
+    strides,
+    first,
+    words,
+    word_mask,
     zero,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,
     HOLD: tl.constexpr,
+    LOAD: tl.constexpr,
+    CONSTANTS: tl.constexpr,
 ):
-    """Sums (x_i - m) * weight[i, columns] over the channels of `kept_list`; one [BLOCK_N] per row, as a tuple.
+    """Sums (x_i - m) * W[columns, first + i] over the channels i of `kept_list`; one [BLOCK_N] per row, as a tuple.
 
     UNROLL channels are loaded together. Behind the end of the list stand zeros: channel 0 is loaded and not added.
-    2 * UNROLL elements behind the end must be readable.
+    2 * UNROLL elements behind the end must be readable. The weights are read as `load` says.
     """
     sums = _zeros(ROWS, BLOCK_N)
     next_channels = ()
@@ -176,21 +209,14 @@ def accumulate_kept_channels(
     for start in range(0, count, UNROLL):
         channels = next_channels
         next_channels = ()
-        weights = ()
         loaded = ()
         for step in tl.static_range(UNROLL):
-            # Unsigned 32 bits times 32 bits to 64 bits is one instruction.
-            offset = channels[step].to(tl.uint32).to(tl.int64) * tl.cast(weight_stride, tl.uint32).to(tl.int64)
-            if WHOLE_BLOCKS:
-                weights += (tl.load(weight + offset + columns, eviction_policy="evict_first"),)
-            else:
-                inside = columns < out_features
-                weights += (tl.load(weight + offset + columns, mask=inside, other=0.0, eviction_policy="evict_first"),)
-            loaded += (_load_rows(x, x_stride, channels[step].to(tl.int32), ROWS),)
+            loaded += (_load_rows(x, x_stride, scale, channels[step].to(tl.int32), ROWS),)
             next_channels += (tl.load(kept_list + start + UNROLL + step),)
-        sums = _hold(sums, weights, zero, HOLD)
+        loaded_weights = LOAD(weights, strides, first, channels, words, word_mask, None, zero, HOLD, CONSTANTS)
         for step in tl.static_range(UNROLL):
-            sums = _add_products(sums, loaded[step], start + step < count, threshold, mode, weights[step], ROWS)
+            listed = start + step < count
+            sums = _add_products(sums, loaded[step], listed, threshold, mode, loaded_weights[step], ROWS)
     return sums
 
 

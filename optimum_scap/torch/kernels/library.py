@@ -1,18 +1,17 @@
 """The kernels as torch operations: opaque to torch.compile, captured by CUDA graphs, dispatched by device.
 
-`register_operation` is the one extension point: a further kind of weights (INT8 per channel, INT4 in groups) is a file
-with its kernels, their twins in `reference`, and a call each.
+Weights are passed as the tensors of a format of `torch.weights` and the name of that format.
 """
 
-import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..weights import find_format
 from . import reference
 
 
@@ -25,16 +24,15 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register_operation(
-    name: str, signature: str, twin: Callable[..., Any], shapes: Callable[..., Any], kernel: str
+    name: str, signature: str, twin: Callable[..., Any], shapes: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Registers `optimum_scap::name` and returns it.
 
     Args:
-        name: of the operation, of its twin and of its kernel.
+        name: of the operation, of its twin, and of the function in `launch` that computes it on a GPU.
         signature: arguments and results in the schema language of torch.library.
         twin: computes it in plain torch, on any device without a kernel.
         shapes: computes outputs of the right shape and type, for tracing.
-        kernel: module of this package whose function `name` computes it with Triton; imported on first use on a GPU.
     """
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
@@ -42,7 +40,9 @@ def register_operation(
     def on_gpu(*args: Any) -> Any:
         if not triton_is_there():
             return twin(*args)
-        return getattr(importlib.import_module(f".{kernel}", __package__), name)(*args)
+        from . import launch  # which imports Triton
+
+        return getattr(launch, name)(*args)
 
     qualified = f"{NAMESPACE}::{name}"
     _library.impl(name, twin, "CompositeExplicitAutograd")
@@ -72,36 +72,39 @@ def _refuse_backward(*_: Any) -> None:
     raise RuntimeError("the sparse kernels compute no gradients; call them under torch.no_grad()")
 
 
-def _like(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _like(x: Tensor, weights: Sequence[Tensor], format: str, *_: Any) -> list[Tensor]:
+    weight_format = find_format(format)
+    return [x.new_empty((*x.shape[:-1], weight_format.shape(layer)[0])) for layer in weight_format.layers(weights)]
+
+
+def _like_one(x: Tensor, weights: Sequence[Tensor], format: str, *_: Any) -> Tensor:
+    return _like(x, weights, format)[0]
 
 
 sparse_linear = register_operation(
     "sparse_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, float threshold, float mode) -> Tensor",
+    "(Tensor x, Tensor[] weights, str format, Tensor? bias, float threshold, float mode, Tensor? scale) -> Tensor",
     reference.sparse_linear,
-    lambda x, weight, *_: _like(x, weight),
-    "floating_point",
+    _like_one,
 )
 sparse_linear_group = register_operation(
     "sparse_linear_group",
-    "(Tensor x, Tensor[] weights, Tensor?[] biases, float[] thresholds, float[] modes) -> Tensor[]",
+    "(Tensor x, Tensor[] weights, str format, Tensor?[] biases, float[] thresholds, float[] modes, Tensor?[] scales) "
+    "-> Tensor[]",
     reference.sparse_linear_group,
-    lambda x, weights, *_: [_like(x, weight) for weight in weights],
-    "floating_point",
+    _like,
 )
 linear_group = register_operation(
     "linear_group",
-    "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    "(Tensor x, Tensor[] weights, str format, Tensor?[] biases) -> Tensor[]",
     reference.linear_group,
-    lambda x, weights, *_: [_like(x, weight) for weight in weights],
-    "floating_point",
+    _like,
 )
 sparse_gated_linear = register_operation(
     "sparse_gated_linear",
-    "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias, float gate_threshold, "
-    "float up_threshold, float gate_mode, float up_mode, str activation) -> Tensor",
+    "(Tensor x, Tensor[] gate_weights, Tensor[] up_weights, str format, Tensor? gate_bias, Tensor? up_bias, "
+    "float gate_threshold, float up_threshold, float gate_mode, float up_mode, Tensor? gate_scale, Tensor? up_scale, "
+    "str activation) -> Tensor",
     reference.sparse_gated_linear,
-    lambda x, gate_weight, *_: _like(x, gate_weight),
-    "floating_point",
+    lambda x, gate_weights, _, format, *__: _like_one(x, gate_weights, format),
 )

@@ -1,6 +1,6 @@
 """The plain torch twins of the kernels: what they compute, what runs on the CPU, and what the tests compare with.
 
-    keep_i = |x_i - m| > t                  compared in float32, strictly greater; NaN is kept
+    keep_i = s_i |x_i - m| > t              in float32, strictly greater; NaN is kept; s_i = 1 where there is no scale
     y      = sum over kept i of (x_i - m) W[:, i]  +  bias
 
 (SCAP, arXiv 2412.07174, section 3; `bias` holds the folded mode, b + m * W·1.)
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..weights import find_format
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -21,65 +23,116 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _sparse_linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, mode: float) -> Tensor:
+def check_scale(x: Tensor, scale: Tensor | None) -> None:
+    """Raises ValueError if `scale` is no scale of the input channels of `x`."""
+    if scale is None:
+        return
+    wanted, got = (x.shape[-1],), tuple(scale.shape)
+    if got != wanted or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(
+            f"a scale must be contiguous float32 of shape {wanted}; got {scale.dtype} of shape {got} and strides "
+            f"{scale.stride()}"
+        )
+    if scale.device != x.device:
+        raise ValueError(f"scale on {scale.device}, input on {x.device}")
+
+
+def _sparse_linear_float32(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    bias: Tensor | None,
+    threshold: float,
+    mode: float,
+    scale: Tensor | None,
+) -> Tensor:
+    check_scale(x, scale)
+    weight_format = find_format(format)
     centred = x.float() - mode
-    kept = torch.where(centred.abs() <= threshold, 0.0, centred)
-    # With mode 0 what is kept is x itself: the product needs no copy of the weights in float32.
-    y = F.linear(kept.to(x.dtype), weight).float() if mode == 0.0 else F.linear(kept, weight.float())
+    distance = centred.abs() if scale is None else centred.abs() * scale
+    kept = torch.where(distance <= threshold, 0.0, centred)
+    if mode == 0.0:  # what is kept is x itself: the product needs no copy of the weights in float32
+        y = weight_format.multiply(kept.to(x.dtype), weights).float()
+    else:
+        y = F.linear(kept, weight_format.dequantize(weights).float())
     return y if bias is None else y + bias.float()
 
 
-def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, mode: float) -> Tensor:
+def sparse_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    format: str,
+    bias: Tensor | None,
+    threshold: float,
+    mode: float,
+    scale: Tensor | None,
+) -> Tensor:
     """A linear layer that reads only the weights of the kept input channels.
 
     Args:
         x: `[..., in_features]`, up to 8 rows.
-        weight: `[out_features, in_features]`, input-channel-major in memory: strides (1, >= out_features).
+        weights: the tensors of `[out_features, in_features]` weights; dense ones are one tensor, input-channel-major
+            in memory: strides (1, >= out_features).
+        format: name of a `torch.weights` format.
         bias: `[out_features]`, with the folded mode in it.
         threshold: t of the formula, a float32 value. Below zero every channel is kept.
         mode: m of the formula, a float32 value.
+        scale: s of the formula, `[in_features]`, float32, contiguous, on the device of `x`; None for ones.
 
     Returns:
         `[..., out_features]` of the type of `x`, accumulated in float32.
     """
-    return _sparse_linear_float32(x, weight, bias, threshold, mode).to(x.dtype)
+    return _sparse_linear_float32(x, weights, format, bias, threshold, mode, scale).to(x.dtype)
 
 
 def sparse_linear_group(
     x: Tensor,
     weights: Sequence[Tensor],
+    format: str,
     biases: Sequence[Tensor | None],
     thresholds: Sequence[float],
     modes: Sequence[float],
+    scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Several sparse linear layers over one input (`q`, `k`, `v`), each with its own threshold and mode."""
-    return [sparse_linear(x, *layer) for layer in zip(weights, biases, thresholds, modes, strict=True)]
+    """Several sparse linear layers over one input (`q`, `k`, `v`), each with its own threshold, mode and scale.
+
+    `weights` holds the tensors of the first layer, then those of the second, and so on.
+    """
+    layers = zip(find_format(format).layers(weights), biases, thresholds, modes, scales, strict=True)
+    return [sparse_linear(x, layer[0], format, *layer[1:]) for layer in layers]
 
 
-def linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def linear_group(x: Tensor, weights: Sequence[Tensor], format: str, biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Several dense linear layers over one token.
 
     Args:
         x: `[..., in_features]`, one row.
-        weights: `[out_features, in_features]` each, output-channel-major in memory, as nn.Linear has them.
+        weights: the tensors of each layer in turn; dense weights are output-channel-major in memory, as nn.Linear has
+            them.
+        format: name of a `torch.weights` format.
         biases: `[out_features]` or None each.
     """
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    weight_format = find_format(format)
+    layers = zip(weight_format.layers(weights), biases, strict=True)
+    return [weight_format.multiply(x, tensors, bias) for tensors, bias in layers]
 
 
 def sparse_gated_linear(
     x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
+    gate_weights: Sequence[Tensor],
+    up_weights: Sequence[Tensor],
+    format: str,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     gate_threshold: float,
     up_threshold: float,
     gate_mode: float,
     up_mode: float,
+    gate_scale: Tensor | None,
+    up_scale: Tensor | None,
     activation: str,
 ) -> Tensor:
     """activation(gate(x)) * up(x), rounded once; `activation` is one of ACTIVATIONS."""
-    gate = _sparse_linear_float32(x, gate_weight, gate_bias, gate_threshold, gate_mode)
-    up = _sparse_linear_float32(x, up_weight, up_bias, up_threshold, up_mode)
+    gate = _sparse_linear_float32(x, gate_weights, format, gate_bias, gate_threshold, gate_mode, gate_scale)
+    up = _sparse_linear_float32(x, up_weights, format, up_bias, up_threshold, up_mode, up_scale)
     return (ACTIVATIONS[activation](gate) * up).to(x.dtype)

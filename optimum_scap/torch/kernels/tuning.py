@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .configurations import (
     MIN_CHANNELS_PER_SLICE,
@@ -29,8 +28,8 @@ RESIDENT_WARPS = (8, 12, 16, 24)
 SLICE_FACTORS = (0.75, 0.84, 0.92, 1.09, 1.19, 1.33)
 # Weights are read from memory, not from the L2 cache: so much is read before the same weights come again.
 BYTES_BETWEEN_REUSE = 300_000_000
-# Per graph, so that starting the graph does not count.
-MIN_LAUNCHES = 24
+# Per graph. Tuning compares, and compiling takes longer: it can do with less than a measurement that is reported.
+MILLISECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def tune(
     with torch.cuda.device(device):
         for in_features, out_features in shapes:
             deadline = max(deadline, time.monotonic()) + budget_seconds / len(shapes)
-            key = shape_key(in_features, out_features, dtype.itemsize)
+            key = shape_key(in_features, out_features, 8 * dtype.itemsize)
             found[key] = _tune_shape(in_features, out_features, dtype, device, deadline)
             logger.info("%s: %s", key, found[key])
     save(device_key(device), {key: tuned.configuration for key, tuned in found.items()}, path)
@@ -76,14 +75,14 @@ def tune(
 
 
 def candidates(
-    in_features: int, out_features: tuple[int, ...], weight_bytes: int, multiprocessors: int
+    in_features: int, out_features: tuple[int, ...], weight_bits: int, multiprocessors: int
 ) -> list[LaunchConfiguration]:
     """Configurations worth trying, the most promising first."""
     found = []
     for unroll in (8, 16):
         for num_warps in (4, 2, 8, 1):
             for resident_warps in RESIDENT_WARPS:
-                block_n = LaunchConfiguration(num_warps, unroll, 1, 64).block_n(weight_bytes)
+                block_n = LaunchConfiguration(num_warps, unroll, 1, 64).block_n(weight_bits)
                 blocks = sum(-(-features // block_n) for features in out_features)
                 slices = multiprocessors * resident_warps // num_warps // blocks
                 slices = max(1, min(slices, in_features // (MIN_CHANNELS_PER_SLICE // 2)))
@@ -105,7 +104,7 @@ def refinements(configuration: LaunchConfiguration, in_features: int) -> list[La
 def _tune_shape(
     in_features: int, out_features: tuple[int, ...], dtype: torch.dtype, device: torch.device, deadline: float
 ) -> TunedShape:
-    first = rule_of_thumb(device_key(device), 1, in_features, out_features, dtype.itemsize)
+    first = rule_of_thumb(device_key(device), 1, in_features, out_features, 8 * dtype.itemsize)
     problem = _Problem(in_features, out_features, dtype, device)
     reference = [problem.time(first, sparsity) for sparsity in SPARSITIES]
     best = TunedShape(first, 1.0, 1)
@@ -123,7 +122,7 @@ def _tune_shape(
             )
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    try_all(candidates(in_features, out_features, dtype.itemsize, multiprocessors))
+    try_all(candidates(in_features, out_features, 8 * dtype.itemsize, multiprocessors))
     try_all(refinements(best.configuration, in_features))
     return best
 
@@ -145,18 +144,15 @@ class _Problem:
     def time(self, configuration: LaunchConfiguration, sparsity: float) -> float:
         threshold = normal_threshold(sparsity)
         copies = min(self.copies, max(4, int(BYTES_BETWEEN_REUSE / (self.bytes * (1 - sparsity)))))
-        numbers = [number % copies for number in range(max(copies, MIN_LAUNCHES))]
-        return graph_time([self._launch(number, threshold, configuration) for number in numbers])
+        launches = [self._launch(number, threshold, configuration) for number in range(copies)]
+        return graph_time(launches, MILLISECONDS)
 
     def _launch(self, number: int, threshold: float, configuration: LaunchConfiguration) -> Callable[[], Any]:
-        from .floating_point import sparse_linear, sparse_linear_group
+        from .launch import sparse_linear_group
 
-        x, weights = self.inputs[number], self.weights[number]
-        if len(weights) == 1:
-            return lambda: sparse_linear(x, weights[0], None, threshold, 0.0, configuration)
-        count = len(weights)
+        x, weights, count = self.inputs[number], self.weights[number], len(self.weights[number])
         return lambda: sparse_linear_group(
-            x, weights, count * [None], count * [threshold], count * [0.0], configuration
+            x, weights, "dense", count * [None], count * [threshold], count * [0.0], count * [None], configuration
         )
 
 
@@ -164,27 +160,16 @@ def normal_threshold(sparsity: float) -> float:
     """The threshold that prunes this fraction of standard normal values; below zero, nothing is pruned."""
     if sparsity == 0:
         return -1.0
-    return float((2**0.5 * torch.erfinv(torch.tensor(sparsity, dtype=torch.float64))).float())
+    threshold = statistics.NormalDist().inv_cdf((1 + sparsity) / 2)
+    return torch.tensor(threshold, dtype=torch.float32).item()
 
 
-def graph_time(launches: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
-    """Median time of one launch, in microseconds, when all of them are replayed in order as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    times = []
-    with torch.cuda.stream(stream):
-        launches[0]()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            outputs: list[Tensor] = [launch() for launch in launches]
-        graph.replay()
-        for _ in range(repeats):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1000 / (2 * len(launches)))
-    del outputs
-    return statistics.median(times)
+def graph_time(launches: Sequence[Callable[[], Any]], milliseconds: int = 20) -> float:
+    """Median time of one launch, in microseconds, when all of them are replayed in order as one CUDA graph.
+
+    The graph repeats them for about so many milliseconds of launching from Python: its start does not count.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    time_of_all = do_bench_cudagraph(lambda: [launch() for launch in launches], rep=milliseconds, return_mode="median")
+    return 1000 * time_of_all / len(launches)

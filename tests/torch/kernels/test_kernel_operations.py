@@ -21,18 +21,20 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x = random_input(generator, 2, 32, dtype)
     a = random_layer(generator, 32, 48, dtype, mode=0.25)
     b = random_layer(generator, 32, 48, dtype, with_bias=False)
-    pair = (x, a.weight, b.weight, a.bias, b.bias, a.threshold, b.threshold, a.mode, b.mode)
-    torch.library.opcheck(library.sparse_linear, (x, a.weight, a.bias, a.threshold, a.mode))
-    group = ([a.weight, b.weight], [a.bias, b.bias])
-    torch.library.opcheck(library.sparse_linear_group, (x, *group, [a.threshold, b.threshold], [a.mode, b.mode]))
+    scale = torch.rand(32, generator=generator).to(DEVICE)
+    pair = (x, [a.weight], [b.weight], "dense", a.bias, b.bias, a.threshold, b.threshold, a.mode, b.mode, None, scale)
+    torch.library.opcheck(library.sparse_linear, (x, [a.weight], "dense", a.bias, a.threshold, a.mode, scale))
+    group = (x, [a.weight, b.weight], "dense", [a.bias, b.bias], [a.threshold, b.threshold], [a.mode, b.mode])
+    torch.library.opcheck(library.sparse_linear_group, (*group, [None, scale]))
     dense = [layer.weight.t().contiguous() for layer in (a, a)]
-    torch.library.opcheck(library.linear_group, (random_input(generator, 1, 48, dtype), dense, [None, x[0]]))
+    torch.library.opcheck(library.linear_group, (random_input(generator, 1, 48, dtype), dense, "dense", [None, x[0]]))
     torch.library.opcheck(library.sparse_gated_linear, (*pair, "silu"))
 
 
 def feed_forward(generator: torch.Generator, features: int, hidden: int, dtype: torch.dtype):
     gate, up = (random_layer(generator, features, hidden, dtype, threshold=t) for t in (0.4, 0.6))
     down = random_layer(generator, hidden, features, dtype, threshold=3.0, mode=0.5)
+    down.scale = (0.5 + torch.rand(hidden, generator=generator)).to(DEVICE)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return kernels.sparse_feed_forward(
@@ -47,6 +49,7 @@ def feed_forward(generator: torch.Generator, features: int, hidden: int, dtype: 
             up_threshold=up.threshold,
             down_threshold=down.threshold,
             down_mode=down.mode,
+            down_scale=down.scale,
         )
 
     def wanted(x: torch.Tensor) -> torch.Tensor:

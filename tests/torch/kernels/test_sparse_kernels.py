@@ -11,7 +11,7 @@ from optimum_scap.torch.kernels.configurations import DenseConfiguration, Launch
 
 
 pytest.importorskip("triton")
-from optimum_scap.torch.kernels import floating_point  # noqa: E402
+from optimum_scap.torch.kernels import launch  # noqa: E402
 
 
 ON_GPU = DEVICE.type == "cuda"
@@ -28,7 +28,7 @@ DENSE_CONFIGURATIONS = (
     DenseConfiguration(num_warps=2, block_n=8, block_k=128),
     DenseConfiguration(num_warps=4, block_n=2, block_k=1024),
 )
-IMPLEMENTATIONS = {"triton": floating_point, "reference": reference}
+IMPLEMENTATIONS = {"triton": launch, "reference": reference}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -36,8 +36,10 @@ def kernels(request: pytest.FixtureRequest):
     return IMPLEMENTATIONS[request.param]
 
 
-def linear(kernels, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    return kernels.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode)
+def linear(kernels, x: torch.Tensor, layer: Layer, *configuration: LaunchConfiguration | None) -> torch.Tensor:
+    return kernels.sparse_linear(
+        x, [layer.weight], "dense", layer.bias, layer.threshold, layer.mode, layer.scale, *configuration
+    )
 
 
 @settings(
@@ -64,7 +66,7 @@ def test_any_shape(
     generator = torch.Generator().manual_seed(seed)
     x = random_input(generator, rows, in_features, dtype)
     layer = random_layer(generator, in_features, out_features, dtype, threshold, mode, with_bias, padding)
-    y = floating_point.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, configuration)
+    y = linear(launch, x, layer, configuration)
     assert y.dtype == dtype
     assert_close(y, expected(x, layer))
 
@@ -110,9 +112,9 @@ def test_denormal_differences_count(kernels) -> None:
     x = torch.tensor([[tiny, 2 * tiny, 3 * tiny, -3 * tiny]], device=DEVICE)
     weight = torch.full((4, 5), 2.0**120, device=DEVICE).t()
     weight[:, 1] = 2.0**100
-    y = kernels.sparse_linear(x, weight, None, 2 * tiny, 0.0)
+    y = kernels.sparse_linear(x, [weight], "dense", None, 2 * tiny, 0.0, None)
     assert torch.equal(y, torch.zeros_like(y))  # the last two cancel, the first two are pruned
-    y = kernels.sparse_linear(x, weight, None, tiny, 0.0)
+    y = kernels.sparse_linear(x, [weight], "dense", None, tiny, 0.0, None)
     assert torch.equal(y, torch.full_like(y, 2.0**-39))
 
 
@@ -147,9 +149,11 @@ def test_layers_of_a_group_have_thresholds_modes_and_sizes_of_their_own(
     outputs = kernels.sparse_linear_group(
         x,
         [layer.weight for layer in layers],
+        "dense",
         [layer.bias for layer in layers],
         [layer.threshold for layer in layers],
         [layer.mode for layer in layers],
+        [layer.scale for layer in layers],
     )
     for y, layer in zip(outputs, layers, strict=True):
         assert y.dtype == dtype and y.is_contiguous()
@@ -179,7 +183,7 @@ def test_dense_group_is_right_for_every_shape(
     x = random_input(generator, 1, in_features, dtype)
     layers = [dense_layer(generator, in_features, features, dtype, padding) for features in out_features]
     weights, biases = zip(*layers, strict=True)
-    outputs = floating_point.linear_group(x, weights, biases, configuration)
+    outputs = launch.linear_group(x, weights, "dense", biases, configuration)
     for y, (weight, bias) in zip(outputs, layers, strict=True):
         assert y.dtype == dtype
         product = x.double() @ weight.double().t()
@@ -198,14 +202,14 @@ def dense_layer(
 
 def test_dense_group_refuses_wrong_arguments() -> None:
     x, weight = torch.zeros(1, 4, device=DEVICE), torch.zeros(6, 4, device=DEVICE)
-    assert floating_point.linear_group(x[0], [weight], [None])[0].shape == (6,)
-    assert floating_point.linear_group(x[None], [weight], [None])[0].shape == (1, 1, 6)
+    assert launch.linear_group(x[0], [weight], "dense", [None])[0].shape == (6,)
+    assert launch.linear_group(x[None], [weight], "dense", [None])[0].shape == (1, 1, 6)
     with pytest.raises(ValueError, match="takes one row, got an input of shape \\(2, 4\\)"):
-        floating_point.linear_group(x.expand(2, 4), [weight], [None])
+        launch.linear_group(x.expand(2, 4), [weight], "dense", [None])
     with pytest.raises(ValueError, match="output-channel-major"):
-        floating_point.linear_group(x, [torch.zeros(4, 6, device=DEVICE).t()], [None])
+        launch.linear_group(x, [torch.zeros(4, 6, device=DEVICE).t()], "dense", [None])
     with pytest.raises(ValueError, match="3 input channels, input of 4"):
-        floating_point.linear_group(x, [weight, weight[:, :3]], [None, None])
+        launch.linear_group(x, [weight, weight[:, :3]], "dense", [None, None])
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
@@ -216,7 +220,19 @@ def test_gated_linear(kernels, dtype: torch.dtype, activation: str) -> None:
     gate = random_layer(generator, 50, 41, dtype, threshold=0.4, mode=0.25)
     up = random_layer(generator, 50, 41, dtype, threshold=0.8, with_bias=False)
     y = kernels.sparse_gated_linear(
-        x, gate.weight, up.weight, gate.bias, up.bias, gate.threshold, up.threshold, gate.mode, up.mode, activation
+        x,
+        [gate.weight],
+        [up.weight],
+        "dense",
+        gate.bias,
+        up.bias,
+        gate.threshold,
+        up.threshold,
+        gate.mode,
+        up.mode,
+        gate.scale,
+        up.scale,
+        activation,
     )
     assert_close(y, reference.ACTIVATIONS[activation](expected(x, gate)) * expected(x, up))
 
@@ -225,9 +241,9 @@ def test_longer_slices_than_one_pass_of_the_list(kernels) -> None:
     generator = torch.Generator().manual_seed(5)
     x = random_input(generator, 1, 16 * 32 + 77, torch.float32)
     layer = random_layer(generator, x.shape[1], 20, torch.float32, threshold=1.6)
-    if kernels is floating_point:
+    if kernels is launch:
         one_slice = LaunchConfiguration(num_warps=1, unroll=8, slices=1, sum_block=32)
-        y = kernels.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, one_slice)
+        y = linear(kernels, x, layer, one_slice)
     else:
         y = linear(kernels, x, layer)
     assert_close(y, expected(x, layer))
@@ -247,12 +263,12 @@ def test_repeated_runs_agree_bit_by_bit_and_write_every_element() -> None:
     generator = torch.Generator().manual_seed(7)
     x = random_input(generator, 2, 100, torch.float16)
     layer = random_layer(generator, 100, 300, torch.float16)
-    first = floating_point.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, SMALL)
+    first = linear(launch, x, layer, SMALL)
     for _ in range(20 if ON_GPU else 2):
         # What the allocator hands out next is full of NaN.
         poison = [torch.full((size,), torch.nan, device=DEVICE) for size in (2 * 300, 3 * 2 * 300, 4096)]
         del poison
-        again = floating_point.sparse_linear(x, layer.weight, layer.bias, layer.threshold, layer.mode, SMALL)
+        again = linear(launch, x, layer, SMALL)
         assert torch.equal(first, again)
 
 
@@ -260,8 +276,10 @@ def test_wrong_arguments_are_refused() -> None:
     weight = torch.zeros(6, 4, device=DEVICE)
     x = torch.zeros(1, 4, device=DEVICE)
     with pytest.raises(ValueError, match="input-channel-major"):
-        floating_point.sparse_linear(x, weight, None, 0.0, 0.0)
+        launch.sparse_linear(x, [weight], "dense", None, 0.0, 0.0, None)
     with pytest.raises(ValueError, match="4 input channels, input of 5"):
-        floating_point.sparse_linear(torch.zeros(1, 5, device=DEVICE), weight, None, 0.0, 0.0)
+        launch.sparse_linear(torch.zeros(1, 5, device=DEVICE), [weight], "dense", None, 0.0, 0.0, None)
     with pytest.raises(ValueError, match="up to 8 rows, got 9"):
-        floating_point.sparse_linear(torch.zeros(3, 3, 4, device=DEVICE), weight.t().contiguous().t(), None, 0.0, 0.0)
+        launch.sparse_linear(
+            torch.zeros(3, 3, 4, device=DEVICE), [weight.t().contiguous().t()], "dense", None, 0.0, 0.0, None
+        )
