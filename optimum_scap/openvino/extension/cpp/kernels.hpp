@@ -100,7 +100,7 @@ inline void finish_columns(const Weights& weights, const float* accumulators, in
             value = simd::add(value, simd::load(at + part * part_pitch));
         }
         if (has_scale) {
-            value = simd::mul(value, simd::load_scale(weights.scale_type, weights.scale_at(0, column)));
+            value = simd::mul(value, load_scale(weights, 0, column));
         }
         const int64_t n = std::min<int64_t>(last_column - column, simd::kWidth);
         if (n == simd::kWidth) {

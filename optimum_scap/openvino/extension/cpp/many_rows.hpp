@@ -113,7 +113,7 @@ inline void multiply_tile(const Weights& weights, const RowsInput& input, const 
 constexpr int64_t scratch_bytes() {
     int64_t bytes = kFloatPanelRows * floats::kChunk * static_cast<int64_t>(sizeof(float));
 #if defined(SCAP_VNNI)
-    bytes = std::max(bytes, vnni::kGemmScratchBytes);
+    bytes = std::max(bytes, vnni::kPackedBytes);
 #endif
 #if defined(SCAP_AMX)
     bytes = std::max({bytes, amx::kInt8ScratchBytes, amx::kBf16ScratchBytes});

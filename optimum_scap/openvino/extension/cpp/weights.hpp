@@ -81,6 +81,9 @@ struct Weights {
     const uint8_t* scale_at(int64_t group, int64_t column) const {
         return scales + (group * padded_out() + column) * scale_size();
     }
+    const uint8_t* zero_point_at(int64_t group, int64_t column) const {
+        return zero_points + group * padded_out() + column;
+    }
 
     int64_t scales_offset() const {
         return round_up(in_features * row_bytes(), kAlignment);
