@@ -8,7 +8,7 @@
 #include "gemv_float.hpp"
 #include "gemv_vnni.hpp"
 
-/// Which kernel a layer takes, and the switch from weight types to templates.
+/// Which kernel a layer takes, and what becomes of its sums.
 namespace scap {
 
 /// How exactly activations enter the products.
@@ -55,26 +55,6 @@ inline int64_t column_unit(const Weights& weights, Kernel kernel) {
 /// How many channels of many rows share one scale per row: the more, the less often sums are folded.
 inline int64_t rows_panel_height(Kernel kernel) {
     return kernel == Kernel::int8 ? kMaxQuantizedRows : kFloatPanelRows;
-}
-
-template <WeightType Type>
-using TypeTag = std::integral_constant<WeightType, Type>;
-
-/// body(TypeTag<type>{})
-template <class Body>
-void with_type(WeightType type, const Body& body) {
-    switch (type) {
-        case WeightType::f32:
-            return body(TypeTag<WeightType::f32>{});
-        case WeightType::f16:
-            return body(TypeTag<WeightType::f16>{});
-        case WeightType::bf16:
-            return body(TypeTag<WeightType::bf16>{});
-        case WeightType::u8:
-            return body(TypeTag<WeightType::u8>{});
-        case WeightType::u4:
-            return body(TypeTag<WeightType::u4>{});
-    }
 }
 
 /// body(integral_constant<int, rows>{}) for 1 <= rows <= Largest.

@@ -18,12 +18,17 @@ constexpr const char* kAttributes[] = {"in_features", "out_features", "weight_ty
                                        "group_sizes", "zero_points",  "has_bias",     "mode",
                                        "threshold",   "decode_only",  "precision"};
 
-const std::map<std::string, WeightType> kWeightTypes = {{"f32", WeightType::f32},
-                                                        {"f16", WeightType::f16},
-                                                        {"bf16", WeightType::bf16},
-                                                        {"u8", WeightType::u8},
-                                                        {"u4", WeightType::u4}};
-const std::map<std::string, ScaleType> kScaleTypes = {{"f32", ScaleType::f32}, {"f16", ScaleType::f16}};
+template <class Format, size_t N>
+auto types_by_name(const Format (&formats)[N]) {
+    std::map<std::string, decltype(Format::type)> types;
+    for (const Format& format : formats) {
+        types.emplace(format.name, format.type);
+    }
+    return types;
+}
+
+const std::map<std::string, WeightType> kWeightTypes = types_by_name(kWeightFormats);
+const std::map<std::string, ScaleType> kScaleTypes = types_by_name(kScaleFormats);
 const std::map<std::string, Precision> kPrecisions = {
     {"f32", Precision::f32}, {"split", Precision::split}, {"bf16", Precision::bf16}};
 const std::map<std::string, Activation> kActivations = {
@@ -177,7 +182,7 @@ void SparseOp::validate_layers() {
         weights.group_size = weights.in_features;
         const int64_t zero_point = attributes_.zero_points[i];
         if (is_quantized(weights.type)) {
-            const int64_t largest = weights.type == WeightType::u4 ? 15 : 255;
+            const int64_t largest = (int64_t(1) << bits(weights.type)) - 1;
             NODE_VALIDATION_CHECK(this, zero_point >= -1 && zero_point <= largest, "zero_points must lie in [0, ",
                                   largest, "], or be -1 where the buffer holds them; got ", zero_point);
             weights.has_zero_points = zero_point == -1;
