@@ -243,7 +243,7 @@ inline MaskedRows hidden_rows(const float* x, int64_t rows, Threshold threshold,
                 finish_columns(job.layers[1], up, 1, 0, tile.begin, end, up - tile.begin);
             }
             apply_activation(activation, gate, up, end - tile.begin);
-            mask_channels(gate, end - tile.begin, hidden_threshold,
+            mask_channels(gate, end - tile.begin, hidden_threshold.from(tile.begin),
                           hidden.x + (tile.first_row + m) * features + tile.begin,
                           magnitudes + first_slot * features + tile.begin);
         }
