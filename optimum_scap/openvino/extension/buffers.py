@@ -63,7 +63,8 @@ def fill_buffer(
     functions = library_functions(library)
     layout = _layout(functions, contents)
     buffer = take(layout.bytes) if take else np.empty(layout.bytes, np.uint8)
-    values = _contiguous(contents.values)
+    is_transposed = contents.per_byte == 1 and contents.values.T.flags.c_contiguous
+    values = np.require(contents.values.T if is_transposed else contents.values, requirements=("C", "A"))
     written = functions.optimum_scap_pack_rows(
         contents.weight_type.encode(),
         values.ctypes.data,
@@ -71,6 +72,7 @@ def fill_buffer(
         contents.in_features,
         contents.per_byte,
         contents.signed,
+        is_transposed,
         buffer.ctypes.data,
     )
     assert written, contents.weight_type
@@ -105,21 +107,6 @@ def _layout(functions: ctypes.CDLL, contents: BufferContents) -> _Layout:
     return layout
 
 
-def _contiguous(values: np.ndarray) -> np.ndarray:
-    """The values as the library reads them: one row behind the other, aligned."""
-    if values.flags.c_contiguous and values.flags.aligned:
-        return values
-    result = np.empty(values.shape, values.dtype)
-    # Transposing whole matrices misses the cache on every element: go through tiles that fit.
-    tile = 256
-    rows, columns = values.shape
-    for row in range(0, rows, tile):
-        for column in range(0, columns, tile):
-            part = slice(row, row + tile), slice(column, column + tile)
-            result[part] = values[part]
-    return result
-
-
 def _input_major(values: np.ndarray | None, padded_out: int) -> np.ndarray | None:
     """``[out, n]`` to ``[n, padded out]``, padding with zeros."""
     if values is None:
@@ -143,6 +130,6 @@ def library_functions(library: Path) -> ctypes.CDLL:
         ctypes.c_char_p, ctypes.c_char_p, size, size, size, flag, flag, ctypes.POINTER(_Layout)
     ]  # fmt: skip
     functions.optimum_scap_pack_rows.argtypes = [
-        ctypes.c_char_p, ctypes.c_void_p, size, size, size, flag, ctypes.c_void_p
+        ctypes.c_char_p, ctypes.c_void_p, size, size, size, flag, flag, ctypes.c_void_p
     ]  # fmt: skip
     return functions

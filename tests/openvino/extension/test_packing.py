@@ -73,7 +73,8 @@ def test_the_library_packs_as_numpy_does(out_features, in_features, signed):
     nibbles = unsigned & 15
     q = (unsigned ^ 0x80).view(np.int8) if signed else unsigned
     q4 = nibbles.astype(np.int8) - 8 if signed else nibbles
-    for order in (np.ascontiguousarray, np.asfortranarray):  # as stored, and transposed
+    # As stored, transposed, and neither.
+    for order in (np.ascontiguousarray, np.asfortranarray, lambda values: values.repeat(2, axis=1)[:, ::2]):
         for wide in (q, q.astype(np.int64)):
             assert_rows(pack_integer(order(wide), scale, bits=8, signed=signed).buffer, unsigned, 8)
         assert_rows(pack_integer(order(q4), scale, bits=4, signed=signed).buffer, nibbles, 4)

@@ -47,6 +47,7 @@ struct Source {
     const uint8_t* data;
     const Weights& layout;
     uint8_t* target;
+    int64_t row_bytes = layout.row_bytes();  // of the target
 
     int64_t in_features() const {
         return layout.in_features;
@@ -55,7 +56,7 @@ struct Source {
         return layout.out_features;
     }
     uint8_t* row(int64_t input_channel) const {
-        return target + input_channel * layout.row_bytes();
+        return target + input_channel * row_bytes;
     }
 };
 
@@ -131,18 +132,48 @@ void pack_values(const Source& s, int64_t column) {
     }
 }
 
+uint8_t sign_flip(WeightType type, bool is_signed) {
+    return !is_signed ? 0 : type == WeightType::u4 ? 0x88 : 0x80;
+}
+
 /// One tile's width of columns; `per_byte` values to a byte of the source.
 void pack_columns(const Source& s, int64_t column, int64_t per_byte, bool is_signed) {
+    const uint8_t flip = sign_flip(s.layout.type, is_signed);
     switch (s.layout.type) {
         case WeightType::u4:
-            return pack_nibbles(s, column, per_byte, is_signed ? 0x88 : 0);
+            return pack_nibbles(s, column, per_byte, flip);
         case WeightType::u8:
-            return pack_bytes(s, column, is_signed ? 0x80 : 0);
+            return pack_bytes(s, column, flip);
         case WeightType::f16:
         case WeightType::bf16:
             return pack_values<uint16_t>(s, column);
         case WeightType::f32:
             return pack_values<uint32_t>(s, column);
+    }
+}
+
+/// The row of one input channel, whose values lie together in the source: [in][out], none of them sharing a byte.
+void copy_row(const Source& s, int64_t channel, bool is_signed) {
+    const int64_t size = std::max<int64_t>(bits(s.layout.type) / 8, 1) * s.out_features();
+    const uint8_t* from = s.data + channel * size;
+    uint8_t* to = s.row(channel);
+    const uint8_t flip = sign_flip(s.layout.type, is_signed);
+    if (!is_quantized(s.layout.type)) {
+        std::memcpy(to, from, static_cast<size_t>(size));
+        return;
+    }
+    for (int64_t at = 0; at < size; at += kColumnPad) {
+        uint8_t values[kColumnPad];
+        const int64_t n = std::min(size - at, kColumnPad);
+        std::copy(from + at, from + at + n, values);
+        std::fill(values + n, values + kColumnPad, flip);
+        if (s.layout.type == WeightType::u4) {
+            join_nibbles(values, kColumnPad, 0, flip, to + at / 2);
+        } else {
+            std::transform(values, values + kColumnPad, to + at, [flip](uint8_t value) {
+                return static_cast<uint8_t>(value ^ flip);
+            });
+        }
     }
 }
 
@@ -185,10 +216,12 @@ SCAP_EXPORT int optimum_scap_buffer_layout(const char* weight_type, const char* 
 }
 
 /// Writes the rows of a weight buffer (see Weights) from weights as OpenVINO stores them: [out][in] values, `per_byte` of
-/// them (1, or 2 of 4 bits, the low nibble first) to a byte where they have no more bits. Signed integers get their
-/// offset. Runs on all threads. `source` and `target` are aligned for their values. Returns 0 where there is no such type.
+/// them (1, or 2 of 4 bits, the low nibble first) to a byte where they have no more bits; or (`is_transposed`) [in][out],
+/// one to a byte. Signed integers get their offset. Runs on all threads. `source` and `target` are aligned for their
+/// values. Returns 0 where there is no such type.
 SCAP_EXPORT int optimum_scap_pack_rows(const char* weight_type, const void* source, int64_t out_features,
-                                       int64_t in_features, int64_t per_byte, int is_signed, void* target) {
+                                       int64_t in_features, int64_t per_byte, int is_signed, int is_transposed,
+                                       void* target) {
     using namespace scap;
     const WeightFormat* format = find_format(weight_type, kWeightFormats);
     if (format == nullptr) {
@@ -203,9 +236,14 @@ SCAP_EXPORT int optimum_scap_pack_rows(const char* weight_type, const void* sour
     // Several tiles to a task: neighboring cache lines of the source are read together.
     constexpr int64_t kTaskColumns = 4 * kTile;
     parallel(ceil_div(columns, kTaskColumns), [&](int64_t task) {
-        for (int64_t column = task * kTaskColumns; column < std::min((task + 1) * kTaskColumns, columns);
-             column += kTile) {
-            pack_columns(s, column, per_byte, is_signed != 0);
+        const int64_t begin = task * kTaskColumns;
+        const int64_t end = std::min(begin + kTaskColumns, columns);
+        for (int64_t column = begin; column < end; column += is_transposed != 0 ? 1 : kTile) {
+            if (is_transposed != 0) {
+                copy_row(s, column, is_signed != 0);
+            } else {
+                pack_columns(s, column, per_byte, is_signed != 0);
+            }
         }
     });
     const int64_t written = is_quantized(layout.type) ? layout.padded_out() : out_features;
