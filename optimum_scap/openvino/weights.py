@@ -49,7 +49,7 @@ def pack_weights(
     Args:
         layer: a fully connected layer.
         bias: float32 `[out_features]` to add to its output, or None.
-        library: the compiled extension, which packs faster than numpy.
+        library: the compiled extension; by default it is built or found in the cache.
         pool: where the packed weights' memory comes from.
         files: what the memory of the weights that were packed is given back to.
 

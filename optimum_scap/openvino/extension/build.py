@@ -208,7 +208,7 @@ def _command(isa: str) -> tuple[list[str], str]:
         if sys.platform == "darwin"
         else (("-shared", "-Wl,-z,nodelete"), "liboptimum_scap.so")
     )
-    sources = [str(SOURCE_DIR / name) for name in ("op.cpp", "linear.cpp", "pack.cpp")]
+    sources = sorted(map(str, SOURCE_DIR.glob("*.cpp")))
     return [*find_compiler(), *BASE_FLAGS, *flags, *kind, f"-I{SOURCE_DIR}", *sources, *openvino_flags()], library
 
 

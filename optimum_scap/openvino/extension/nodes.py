@@ -24,6 +24,7 @@ def create_linear(
     *,
     mode: float = 0.0,
     threshold: float = 0.0,
+    scale: np.ndarray | None = None,
     decode_only: bool = False,
     precision: str = "split",
     library: Path | None = None,
@@ -34,6 +35,7 @@ def create_linear(
         x: float32 ``[..., in_features]``.
         layers: all with the same in_features.
         mode, threshold: keep where ``|x - mode| > threshold``; finite, threshold not negative (0 is dense).
+        scale: ``[in_features]``, finite, not negative: keep where ``scale * |x - mode| > threshold``, all in float32.
         decode_only: dense where the last dimension of ``x`` but one (the tokens of a sequence) is not 1.
         precision: ``f32``, ``split`` (relative error below 1e-3) or ``bf16`` (float weights and many rows in bf16).
         library: a library of ``build_extension``; default builds (or finds) the native one.
@@ -41,9 +43,11 @@ def create_linear(
     Raises:
         ExtensionBuildError: the extension cannot be built or loaded.
         RuntimeError: attributes or shapes that do not fit together.
+        ValueError: a scale of another shape, not finite or negative.
     """
-    attributes = _attributes(layers, mode, threshold, decode_only, precision)
-    return _factory(library or build_extension()).create("SCAPLinear", _inputs(x, layers), attributes)
+    scales = {"input": _scale("scale", scale, layers[0].in_features)}
+    attributes = _attributes(layers, mode, threshold, decode_only, precision, scales)
+    return _factory(library or build_extension()).create("SCAPLinear", _inputs(x, layers, scales), attributes)
 
 
 def create_feed_forward(
@@ -53,9 +57,11 @@ def create_feed_forward(
     *,
     mode: float = 0.0,
     threshold: float = 0.0,
+    scale: np.ndarray | None = None,
     decode_only: bool = False,
     hidden_mode: float = 0.0,
     hidden_threshold: float = 0.0,
+    hidden_scale: np.ndarray | None = None,
     precision: str = "split",
     library: Path | None = None,
 ) -> ov.Node:
@@ -64,18 +70,23 @@ def create_feed_forward(
     Args:
         layers: gate, up and down; or up and down for an FFN without gate (no product).
         activation: ``silu``, ``gelu_tanh``, ``gelu_erf``, ``relu``, ``relu2`` (relu squared) or ``identity``.
-        hidden_mode, hidden_threshold: those of down's input. Others as for `create_linear`.
+        hidden_mode, hidden_threshold, hidden_scale: those of down's input. Others as for `create_linear`.
 
     Raises:
         ExtensionBuildError: the extension cannot be built or loaded.
         RuntimeError: attributes or shapes that do not fit together.
+        ValueError: a scale of another shape, not finite or negative.
     """
-    attributes = _attributes(layers, mode, threshold, decode_only, precision) | {
+    scales = {
+        "input": _scale("scale", scale, layers[0].in_features),
+        "hidden": _scale("hidden_scale", hidden_scale, layers[-1].in_features),
+    }
+    attributes = _attributes(layers, mode, threshold, decode_only, precision, scales) | {
         "activation": activation,
         "hidden_mode": _number(hidden_mode),
         "hidden_threshold": _number(hidden_threshold),
     }
-    return _factory(library or build_extension()).create("SCAPFeedForward", _inputs(x, layers), attributes)
+    return _factory(library or build_extension()).create("SCAPFeedForward", _inputs(x, layers, scales), attributes)
 
 
 @lru_cache
@@ -86,14 +97,34 @@ def _factory(library: Path) -> NodeFactory:
     return factory
 
 
-def _inputs(x: ov.Output | ov.Node, layers: Sequence[PackedLayer]) -> list[ov.Output]:
+def _inputs(
+    x: ov.Output | ov.Node, layers: Sequence[PackedLayer], scales: dict[str, np.ndarray | None]
+) -> list[ov.Output]:
     # Sharing keeps the packed array alive; large numpy arrays lie in huge pages, which the kernels gain 10 % from.
     constants = [ov.op.Constant(layer.buffer, shared_memory=True) for layer in layers]
+    constants += [ov.op.Constant(scale) for scale in scales.values() if scale is not None]
     return [x if isinstance(x, ov.Output) else x.output(0), *(c.output(0) for c in constants)]
 
 
+def _scale(name: str, scale: np.ndarray | None, channels: int) -> np.ndarray | None:
+    if scale is None:
+        return None
+    if np.shape(scale) != (channels,):
+        raise ValueError(f"{name} must be [{channels}], got {list(np.shape(scale))}")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(scale, np.float32)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{name} must be finite in float32 and not negative")
+    return values
+
+
 def _attributes(
-    layers: Sequence[PackedLayer], mode: float, threshold: float, decode_only: bool, precision: str
+    layers: Sequence[PackedLayer],
+    mode: float,
+    threshold: float,
+    decode_only: bool,
+    precision: str,
+    scales: dict[str, np.ndarray | None],
 ) -> dict[str, str]:
     """Every attribute as text: see ``SparseOp`` in op.hpp."""
     return {
@@ -107,6 +138,7 @@ def _attributes(
         "mode": _number(mode),
         "threshold": _number(threshold),
         "decode_only": "true" if decode_only else "false",
+        "scaled": ", ".join(name for name, scale in scales.items() if scale is not None),
         "precision": precision,
     }
 

@@ -1,28 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts the weights of fully connected layers to the buffer that the C++ operations read.
 
-Rows are input channels: row ``i`` holds ``W[:, i]``, padded to a multiple of 32 columns. A layer is one flat uint8
-array (OpenVINO's CPU plugin converts constants of f16, u4, i4 and i16, but leaves u8 alone): rows, scales and zero
-points ``[groups, padded out]`` and float32 bias, those that exist, each from a multiple of 64 bytes on, and a tail of
-512 bytes that kernels may read but never use. See ``cpp/weights.hpp``.
+A layer is one flat uint8 array (OpenVINO's CPU plugin converts constants of f16, u4, i4 and i16, but leaves u8 alone):
+rows of input channels, scales and zero points per group and float32 bias, those that exist.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .build import load_library
+from .buffers import BufferContents, fill_buffer, library_functions
+from .build import build_extension
 
 
-COLUMN_PAD = 32
-ALIGNMENT = 64
-TAIL_BYTES = 512
+CACHE_LINE_BYTES = 64
 HUGE_PAGE_BYTES = 2 << 20
 POOL_BYTES = 64 << 20
 
@@ -62,12 +56,12 @@ class BufferPool:
         self._free = np.empty(0, np.uint8)
 
     def take(self, size: int) -> np.ndarray:
-        """``size`` bytes, uninitialised, from a multiple of ``ALIGNMENT`` on."""
+        """``size`` bytes, uninitialised, from the beginning of a cache line on."""
         if size > self._free.size:
             # What is not touched takes no memory.
             memory = np.empty(max(size, POOL_BYTES) + HUGE_PAGE_BYTES, np.uint8)
             self._free = memory[-memory.ctypes.data % HUGE_PAGE_BYTES :]
-        buffer, self._free = self._free[:size], self._free[_aligned(size) :]
+        buffer, self._free = self._free[:size], self._free[-(-size // CACHE_LINE_BYTES) * CACHE_LINE_BYTES :]
         return buffer
 
 
@@ -84,10 +78,11 @@ def pack_float(
     Args:
         weight: ``[out, in]``, float32 or float16; with ``bfloat16``, the bit patterns as uint16.
         bias: ``[out]`` or None; for a mode m other than zero the caller has folded ``m * W.sum(1)`` into it.
-        library: the compiled extension, which packs much faster than numpy, on all threads.
+        library: a library of ``build_extension``; default builds (or finds) the native one.
         pool: where the buffer comes from; by default it is memory of its own.
 
     Raises:
+        ExtensionBuildError: the extension cannot be built or loaded.
         ValueError: for another dtype or shape.
     """
     names = {np.dtype(np.uint16): "bf16"} if bfloat16 else {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16"}
@@ -96,17 +91,12 @@ def pack_float(
             f"weight must be [out, in] of {' or '.join(map(str, names))}, got {weight.dtype} {weight.shape}"
         )
     out_features, in_features = weight.shape
+    contents = BufferContents(names[weight.dtype], in_features, out_features, weight, bias=_bias(bias, out_features))
     return PackedLayer(
-        weight_type=names[weight.dtype],
+        weight_type=contents.weight_type,
         in_features=in_features,
         out_features=out_features,
-        buffer=_join(
-            pool.take if pool else _own_memory,
-            in_features * _row_bytes(out_features, weight.itemsize * 8),
-            _native_rows(weight, weight.itemsize * 8, False, weight.shape, library)
-            or _numpy_rows(_input_major(weight)),
-            _bias(bias, out_features),
-        ),
+        buffer=fill_buffer(contents, library or build_extension(), pool.take if pool else None),
         has_bias=bias is not None,
     )
 
@@ -135,10 +125,11 @@ def pack_integer(
         signed: whether q and zero_point are two's complement (i8, i4) or not (u8, u4).
         group_size: input channels per group; the last group may be shorter. 0: one group.
         nibbles: whether ``q`` holds two 4-bit values to a byte, the low nibble first, as OpenVINO stores them.
-        library: the compiled extension, which packs much faster than numpy, on all threads.
+        library: a library of ``build_extension``; default builds (or finds) the native one.
         pool: where the buffer comes from; by default it is memory of its own.
 
     Raises:
+        ExtensionBuildError: the extension cannot be built or loaded.
         ValueError: for values out of range or shapes that do not fit together.
     """
     if bits not in (4, 8):
@@ -157,33 +148,38 @@ def pack_integer(
         raise ValueError(f"zero_point must be [{out_features}, {groups}], got {zero_point.shape}")
 
     offset = 1 << (bits - 1) if signed else 0
-    write_rows = None
-    if nibbles or (bits == 8 and q.dtype == (np.int8 if signed else np.uint8)):
-        write_rows = _native_rows(q, bits, signed, (out_features, in_features), library)
+    rows, per_byte = q, 2 if nibbles else 1
+    if not nibbles and (bits == 4 or q.dtype != (np.int8 if signed else np.uint8)):
+        rows, signed = _to_unsigned(q, offset, bits, "q"), False
     common, zero_points = offset, None
     if zero_point is not None:
         unsigned = _to_unsigned(zero_point, offset, bits, "zero_point")
         common = int(unsigned.flat[0])
         if (unsigned != common).any():
-            common, zero_points = -1, _input_major(unsigned)
+            common, zero_points = -1, unsigned
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
     is_half = bool((half.astype(np.float32) == scale).all())
-    scales = _input_major(half if is_half else scale)
-    return PackedLayer(
+    group_size = group_size if groups > 1 else 0
+    contents = BufferContents(
         weight_type=f"u{bits}",
         in_features=in_features,
         out_features=out_features,
-        buffer=_join(
-            pool.take if pool else _own_memory,
-            in_features * _row_bytes(out_features, bits),
-            write_rows or _numpy_rows(_integer_rows(q, bits, signed, nibbles)),
-            scales,
-            zero_points,
-            _bias(bias, out_features),
-        ),
+        values=rows,
+        per_byte=per_byte,
+        signed=signed,
+        group_size=group_size,
+        scales=half if is_half else scale,
+        zero_points=zero_points,
+        bias=_bias(bias, out_features),
+    )
+    return PackedLayer(
+        weight_type=contents.weight_type,
+        in_features=in_features,
+        out_features=out_features,
+        buffer=fill_buffer(contents, library or build_extension(), pool.take if pool else None),
         scale_type="f16" if is_half else "f32",
-        group_size=group_size if groups > 1 else 0,
+        group_size=group_size,
         zero_point=common,
         has_bias=bias is not None,
     )
@@ -206,102 +202,9 @@ def _to_unsigned(values: np.ndarray, offset: int, bits: int, name: str) -> np.nd
     return values.astype(np.uint8, copy=False) + np.uint8(offset)
 
 
-def _input_major(values: np.ndarray) -> np.ndarray:
-    """``[out, n]`` to ``[n, padded out]``, padding with zeros."""
-    out, n = values.shape
-    result = np.zeros((n, -(-out // COLUMN_PAD) * COLUMN_PAD), values.dtype)
-    # Transposing whole matrices misses the cache on every element: go through tiles that fit.
-    tile = 256
-    for i in range(0, n, tile):
-        for o in range(0, out, tile):
-            result[i : i + tile, o : o + tile][:, : out - o] = values[o : o + tile, i : i + tile].T
-    return result
-
-
-def _integer_rows(q: np.ndarray, bits: int, signed: bool, nibbles: bool) -> np.ndarray:
-    offset = 1 << (bits - 1) if signed else 0
-    if nibbles:
-        q = unpack_nibbles(q, 2 * q.size).reshape(q.shape[0], -1)
-        unsigned = q ^ np.uint8(offset)  # two's complement of four bits
-    else:
-        unsigned = _to_unsigned(q, offset, bits, "q")
-    rows = _input_major(unsigned)
-    if bits == 8:
-        return rows
-    pairs = rows.reshape(len(rows), -1, 2, 16)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(rows), -1)
-
-
-def _row_bytes(out_features: int, bits: int) -> int:
-    """Distance of two rows; rows of whole kilobytes are a cache line longer: see ``Weights::row_bytes``."""
-    size = -(-out_features // COLUMN_PAD) * COLUMN_PAD * bits // 8
-    return size if size % 1024 else size + ALIGNMENT
-
-
-def _numpy_rows(rows: np.ndarray) -> Callable[[np.ndarray], None]:
-    def write(target: np.ndarray) -> None:
-        raw = rows.view(np.uint8)
-        pitched = target.reshape(len(rows), -1)
-        pitched[:, : raw.shape[1]] = raw
-        pitched[:, raw.shape[1] :] = 0
-
-    return write
-
-
-def _native_rows(
-    values: np.ndarray, bits: int, signed: bool, shape: tuple[int, ...], library: Path | None
-) -> Callable[[np.ndarray], None] | None:
-    """Writes the rows with the compiled extension, where it is given and can read the values."""
-    if library is None or not values.flags.c_contiguous or not values.flags.aligned:
-        return None
-    pack_rows = _packer(library)
-
-    def write(target: np.ndarray) -> None:
-        out_features, in_features = shape
-        row_bytes = _row_bytes(out_features, bits)
-        pack_rows(values.ctypes.data, out_features, in_features, bits, signed, row_bytes, target.ctypes.data)
-
-    return write
-
-
 def is_fast_for_dense_int4(library: Path) -> bool:
     """Whether dense layers of 4-bit weights decode faster with the extension than with OpenVINO's own kernels."""
-    return bool(load_library(library).optimum_scap_is_fast_for_dense_int4())
-
-
-@lru_cache
-def _packer(library: Path) -> Callable[..., None]:
-    function = load_library(library).optimum_scap_pack_rows
-    function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
-    function.restype = None
-    return function
-
-
-def _join(
-    take: Callable[[int], np.ndarray],
-    row_bytes: int,
-    write_rows: Callable[[np.ndarray], None],
-    *parts: np.ndarray | None,
-) -> np.ndarray:
-    flat = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts if part is not None]
-    at = _aligned(row_bytes)
-    buffer = take(at + sum(_aligned(part.size) for part in flat) + TAIL_BYTES)
-    write_rows(buffer[:row_bytes])
-    buffer[row_bytes:at] = 0
-    for part in flat:
-        buffer[at : at + part.size] = part
-        buffer[at + part.size : at + _aligned(part.size)] = 0
-        at += _aligned(part.size)
-    buffer[at:] = 0
-    return buffer
-
-
-def _own_memory(size: int) -> np.ndarray:
-    return np.empty(size, np.uint8)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return bool(library_functions(library).optimum_scap_is_fast_for_dense_int4())
 
 
 def _bias(bias: np.ndarray | None, out_features: int) -> np.ndarray | None:

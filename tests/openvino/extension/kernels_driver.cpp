@@ -110,7 +110,8 @@ double relative_error(const Layer& layer, const std::vector<float>& x, int64_t r
             double sum = 0.0;
             for (int64_t i = 0; i < in; ++i) {
                 const float d = x[static_cast<size_t>(m * in + i)] - t.mode;
-                sum += std::fabs(d) <= t.threshold ? 0.0 : d * layer.dense[static_cast<size_t>(i * out + o)];
+                const float compared = t.scale == nullptr ? std::fabs(d) : t.scale[i] * std::fabs(d);
+                sum += compared <= t.threshold ? 0.0 : d * layer.dense[static_cast<size_t>(i * out + o)];
             }
             worst = std::max(worst, std::fabs(sum - y[m * out + o]));
             largest = std::max(largest, std::fabs(sum));
@@ -119,10 +120,22 @@ double relative_error(const Layer& layer, const std::vector<float>& x, int64_t r
     return worst / largest;
 }
 
+/// As many scales as channels, 0 among them.
+std::vector<float> scales_for(int64_t channels) {
+    std::vector<float> scales(static_cast<size_t>(channels));
+    for (size_t i = 0; i < scales.size(); ++i) {
+        scales[i] = static_cast<float>((i + 1) % 5) * 0.5f;
+    }
+    return scales;
+}
+
 /// Whether the whole FFN gives, bit for bit, what its layers give one by one.
-bool is_composition(const Layer& gate, const Layer& up, const Layer& down, int64_t rows, std::mt19937& random) {
+bool is_composition(const Layer& gate, const Layer& up, const Layer& down, int64_t rows, bool scaled,
+                    std::mt19937& random) {
     const int64_t in = gate.weights.in_features, hidden = gate.weights.out_features;
-    const Threshold t{0.1f, 0.3f}, hidden_t{0.05f, 0.2f};
+    const std::vector<float> scale = scales_for(in), hidden_scale = scales_for(hidden);
+    const Threshold t{0.1f, 0.3f, scaled ? scale.data() : nullptr};
+    const Threshold hidden_t{0.05f, 0.2f, scaled ? hidden_scale.data() : nullptr};
     std::normal_distribution<float> normal;
     std::vector<float> x(static_cast<size_t>(rows * in)), h(static_cast<size_t>(rows * hidden)), u(h.size());
     for (float& value : x) {
@@ -152,9 +165,10 @@ int run(uint32_t seed) {
              {std::array<int64_t, 3>{1, 1, 1}, {17, 3, 5}, {300, 130, 128}, {64, 700, 64}}) {
             const Layer a = make_layer(type, in, out, group, true, random);
             const Layer b = make_layer(type, in, out + 1, in, false, random);
+            const std::vector<float> scale = scales_for(in);
             for (const int64_t rows : {1, 2, 7, 17, 33}) {
-                for (const float threshold : {0.0f, 0.7f, 100.0f}) {
-                    const Threshold t{0.25f, threshold};
+                for (const Threshold t : {Threshold{0.25f, 0.0f}, Threshold{0.25f, 0.7f}, Threshold{0.25f, 100.0f},
+                                          Threshold{0.25f, 0.7f, scale.data()}}) {
                     std::vector<float> x(static_cast<size_t>(rows * in));
                     for (float& value : x) {
                         value = normal(random);
@@ -168,7 +182,7 @@ int run(uint32_t seed) {
                             std::max(relative_error(a, x, rows, t, y[0]), relative_error(b, x, rows, t, y[1]));
                         if (!(error < 1e-3)) {
                             std::printf("type %d in %ld out %ld rows %ld threshold %g: %g\n", int(type), long(in),
-                                        long(out), long(rows), double(threshold), error);
+                                        long(out), long(rows), double(t.threshold), error);
                             ++failures;
                         }
                     }
@@ -177,10 +191,12 @@ int run(uint32_t seed) {
             const Layer down = make_layer(type, out, in, group, true, random);
             const Layer up = make_layer(WeightType::u8, in, out, group, false, random);
             for (const int64_t rows : {1, 5, 20, 100, 270}) {
-                if (!is_composition(a, up, down, rows, random)) {
-                    std::printf("type %d in %ld out %ld rows %ld: the FFN is not that of its layers\n", int(type),
-                                long(in), long(out), long(rows));
-                    ++failures;
+                for (const bool scaled : {false, true}) {
+                    if (!is_composition(a, up, down, rows, scaled, random)) {
+                        std::printf("type %d in %ld out %ld rows %ld: the FFN is not that of its layers\n", int(type),
+                                    long(in), long(out), long(rows));
+                        ++failures;
+                    }
                 }
             }
             // The float fallback: only that it touches nothing it must not.

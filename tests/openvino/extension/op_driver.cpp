@@ -85,8 +85,9 @@ private:
 constexpr int64_t kIn = 70;
 constexpr int64_t kHidden = 96;
 
-/// gate, up (u4, groups of 32) and down (u8, zero points): as many of them as `layers`.
-Attributes attributes_of(size_t layers) {
+/// gate, up (u4, groups of 32) and down (u8, zero points): as many of them as `layers`, and the scales of what `scaled`
+/// names.
+Attributes attributes_of(size_t layers, const std::string& scaled = "") {
     Attributes result;
     result.integer["in_features"] = kIn;
     result.integers = {{"out_features", {kHidden, kHidden, kIn}},
@@ -95,7 +96,8 @@ Attributes attributes_of(size_t layers) {
                        {"has_bias", {1, 0, 1}}};
     result.strings = {{"weight_types", {"u4", "u4", "u8"}}, {"scale_types", {"f32", "f32", "f32"}}};
     result.number = {{"mode", 0.1}, {"threshold", 0.5}, {"hidden_mode", 0.01}, {"hidden_threshold", 0.2}};
-    result.string = {{"decode_only", "false"}, {"precision", "split"}, {"activation", "silu"}};
+    result.string = {
+        {"decode_only", "false"}, {"precision", "split"}, {"activation", "silu"}, {"scaled", scaled}};
     for (auto& [name, values] : result.integers) {
         values.resize(layers);
     }
@@ -129,11 +131,35 @@ ov::Tensor buffer_for(size_t layer) {
     return tensor;
 }
 
-ov::OutputVector inputs_for(size_t layers) {
+/// As many scales as channels, 0 among them.
+ov::Tensor scales_for(int64_t channels) {
+    ov::Tensor tensor(ov::element::f32, {static_cast<size_t>(channels)});
+    for (int64_t i = 0; i < channels; ++i) {
+        tensor.data<float>()[i] = static_cast<float>(i % 5) * 0.5f;
+    }
+    return tensor;
+}
+
+/// What an operation of `layers` layers reads behind x.
+ov::TensorVector constants_for(size_t layers, const std::string& scaled) {
+    ov::TensorVector constants;
+    for (size_t i = 0; i < layers; ++i) {
+        constants.push_back(buffer_for(i));
+    }
+    if (scaled.find("input") != std::string::npos) {
+        constants.push_back(scales_for(kIn));
+    }
+    if (scaled.find("hidden") != std::string::npos) {
+        constants.push_back(scales_for(kHidden));
+    }
+    return constants;
+}
+
+ov::OutputVector inputs_for(size_t layers, const std::string& scaled = "") {
     ov::OutputVector inputs{
         std::make_shared<ov::op::v0::Parameter>(ov::element::f32, ov::PartialShape{-1, -1, kIn})->output(0)};
-    for (size_t i = 0; i < layers; ++i) {
-        inputs.push_back(std::make_shared<ov::op::v0::Constant>(buffer_for(i))->output(0));
+    for (const ov::Tensor& constant : constants_for(layers, scaled)) {
+        inputs.push_back(std::make_shared<ov::op::v0::Constant>(constant)->output(0));
     }
     return inputs;
 }
@@ -300,6 +326,7 @@ void check_attributes(size_t layers) {
         {"threshold", {"", "0.5x", "1e39", "1e9999", "nan", "-inf"}},
         {"decode_only", {"", "maybe", "True", "2", "yes"}},
         {"precision", {"", "F32", "int3", "f32 "}},
+        {"scaled", {"input", "hidden", "input, hidden", "inputs", "none", " "}},  // there is no such input
     };
     for (const auto& [name, values] : texts) {
         for (const std::string& value : values) {
@@ -344,6 +371,35 @@ void check_attributes(size_t layers) {
         ov::OutputVector more = inputs;
         more.push_back(inputs[1]);
         make<Op>(good, more);
+    });
+}
+
+/// The first scale of an operation that has one, at input `at`.
+template <class Op>
+void check_scales(size_t layers, const std::string& scaled, size_t at) {
+    const ov::OutputVector inputs = inputs_for(layers, scaled);
+    make<Op>(attributes_of(layers, scaled), inputs);
+    const int64_t channels = inputs[at].get_partial_shape()[0].get_length();
+    const auto refused = [&](const char* what, ov::element::Type type, const ov::PartialShape& shape) {
+        ov::OutputVector bad = inputs;
+        bad[at] = std::make_shared<ov::op::v0::Parameter>(type, shape)->output(0);
+        check_throws(what, [&] {
+            make<Op>(attributes_of(layers, scaled), bad);
+        });
+    };
+    refused("a scale of f16", ov::element::f16, {channels});
+    refused("a scale of bytes", ov::element::u8, {4 * channels});
+    refused("a short scale", ov::element::f32, {channels - 1});
+    refused("a long scale", ov::element::f32, {channels + 1});
+    refused("a scale of any size", ov::element::f32, {-1});
+    refused("a scale of any rank", ov::element::f32, ov::PartialShape::dynamic());
+    refused("one scale for all", ov::element::f32, ov::PartialShape{});
+    refused("a scale of two dimensions", ov::element::f32, {1, channels});
+    check_throws("no scale", [&] {
+        make<Op>(attributes_of(layers, scaled), ov::OutputVector(inputs.begin(), inputs.end() - 1));
+    });
+    check_throws("a scale that no attribute names", [&] {
+        make<Op>(attributes_of(layers), inputs);
     });
 }
 
@@ -405,6 +461,20 @@ int main() {
     check_attributes<SCAPFeedForward>(3);
     check_tensors(*linear, projections);
     check_tensors(*ffn, buffers);
+
+    const auto scaled_linear = make<SCAPLinear>(attributes_of(2, "input"), inputs_for(2, "input"));
+    check_threads(*scaled_linear, constants_for(2, "input"));
+    check_tensors(*scaled_linear, constants_for(2, "input"));
+    check_scales<SCAPLinear>(2, "input", 3);
+    for (const char* scaled : {"input", "hidden", "input, hidden"}) {
+        const auto scaled_ffn = make<SCAPFeedForward>(attributes_of(3, scaled), inputs_for(3, scaled));
+        check_threads(*scaled_ffn, constants_for(3, scaled));
+        check_tensors(*scaled_ffn, constants_for(3, scaled));
+        check_scales<SCAPFeedForward>(3, scaled, 4);
+    }
+    check_throws("a linear layer's hidden activations", [&] {
+        make<SCAPLinear>(attributes_of(2, "hidden"), inputs_for(2, "hidden"));
+    });
 
     const ov::OutputVector inputs = inputs_for(3);
     for (const size_t count : {1, 4}) {

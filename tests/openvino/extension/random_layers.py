@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import pytest
 from openvino import opset13 as ops
 from reference.scap import dequantize
 
+from optimum_scap.openvino.extension.build import ExtensionBuildError, build_extension
 from optimum_scap.openvino.extension.packing import PackedLayer, pack_float, pack_integer
 
 
@@ -25,6 +28,27 @@ INTEGER_KINDS = {
     "i4_asym": (4, True, True),
 }
 KINDS = ("f32", "f16", "bf16", *INTEGER_KINDS)
+
+
+# What the CPU must have to run the builds for an instruction set, as /proc/cpuinfo names it.
+NEEDED_FLAGS = {
+    "amx": "amx_int8",
+    "avx512vnni": "avx512_vnni",
+    "avx512": "avx512bw",
+    "avx2vnni": "avx_vnni",
+    "avx2": "avx2",
+}
+
+
+def library_for(isa: str) -> Path:
+    """The extension built for an instruction set; skips the test where it cannot be built or run."""
+    try:
+        library = build_extension(isa)
+    except ExtensionBuildError as error:
+        pytest.skip(str(error))
+    if isa in NEEDED_FLAGS and NEEDED_FLAGS[isa] not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {isa}")
+    return library
 
 
 @dataclass(frozen=True)

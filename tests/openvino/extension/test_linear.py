@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openvino import opset13 as ops
-from random_layers import KINDS, activations, compile_node, parameter, random_layer, relative_error
+from random_layers import KINDS, activations, compile_node, library_for, parameter, random_layer, relative_error
 from reference.scap import ACTIVATIONS, scap_feed_forward, scap_linear
 
-from optimum_scap.openvino.extension.build import ISA_FLAGS, ExtensionBuildError, build_extension
+from optimum_scap.openvino.extension.build import ISA_FLAGS
 from optimum_scap.openvino.extension.nodes import create_feed_forward, create_linear
 from optimum_scap.openvino.extension.packing import pack_float
 
@@ -69,20 +67,7 @@ def test_rows_of_whole_kilobytes(kind):
 
 @pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_every_instruction_set(isa):
-    try:
-        library = build_extension(isa)
-    except ExtensionBuildError as error:
-        pytest.skip(str(error))
-    flags = Path("/proc/cpuinfo").read_text() if isa not in ("native", "portable") else ""
-    needed = {
-        "amx": "amx_int8",
-        "avx512vnni": "avx512_vnni",
-        "avx512": "avx512bw",
-        "avx2vnni": "avx_vnni",
-        "avx2": "avx2",
-    }
-    if needed.get(isa, "") not in flags:
-        pytest.skip(f"this CPU has no {isa}")
+    library = library_for(isa)
     for kind in KINDS:
         layer = random_layer(kind, 333, 130, 0 if "8" in kind else 48, seed=2)
         p = parameter(333, rank=2)

@@ -2,12 +2,10 @@
 import numpy as np
 import pytest
 
-from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.extension.packing import (
-    ALIGNMENT,
+    CACHE_LINE_BYTES,
     HUGE_PAGE_BYTES,
     POOL_BYTES,
-    TAIL_BYTES,
     BufferPool,
     pack_float,
     pack_integer,
@@ -22,7 +20,7 @@ def test_rows_are_input_channels():
     np.testing.assert_array_equal(rows[:, :2], weight.T)
     assert not rows[:, 2:].any()
     np.testing.assert_array_equal(packed.buffer[384:392].view(np.float32), [7, 8])
-    assert packed.buffer.size == 384 + 64 + TAIL_BYTES
+    assert packed.buffer.size == 384 + 64 + 512
 
 
 def test_nibbles_of_32_columns_share_16_bytes():
@@ -46,7 +44,24 @@ def test_unpack_nibbles():
     np.testing.assert_array_equal(unpack_nibbles(np.array([0x21, 0x43], np.uint8), 3), [1, 2, 3])
 
 
-SHAPES = ((1, 2), (3, 64), (17, 130), (64, 64), (200, 258), (2048, 70))
+def rows_of(values: np.ndarray, bits: int) -> np.ndarray:
+    """The rows of a buffer in plain numpy, from unsigned or float values ``[out, in]``: bytes ``[in, row bytes]``."""
+    out_features, in_features = values.shape
+    padded = np.zeros((in_features, -(-out_features // 32) * 32), values.dtype)
+    padded[:, :out_features] = values.T
+    if bits == 4:
+        halves = padded.reshape(in_features, -1, 2, 16)
+        padded = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(in_features, -1)
+    rows = padded.view(np.uint8)
+    return np.pad(rows, ((0, 0), (0, 64))) if rows.shape[1] % 1024 == 0 else rows
+
+
+def assert_rows(buffer: np.ndarray, values: np.ndarray, bits: int) -> None:
+    expected = rows_of(values, bits)
+    np.testing.assert_array_equal(buffer[: expected.size].reshape(expected.shape), expected)
+
+
+SHAPES = ((1, 2), (3, 64), (17, 130), (64, 64), (200, 258), (2048, 70), (5, 7))
 
 
 @pytest.mark.parametrize("signed", (True, False))
@@ -54,22 +69,43 @@ SHAPES = ((1, 2), (3, 64), (17, 130), (64, 64), (200, 258), (2048, 70))
 def test_the_library_packs_as_numpy_does(out_features, in_features, signed):
     rng = np.random.default_rng(out_features)
     scale = rng.random((out_features, 1)).astype(np.float16)
-    library = build_extension()
-    q = rng.integers(0, 256, (out_features, in_features)).astype(np.uint8)
-    pairs = q[:, : in_features // 2].copy()
-    for values, bits in ((q.view(np.int8) if signed else q, 8), (pairs, 4)):
-        settings = {"bits": bits, "signed": signed, "nibbles": bits == 4}
-        expected = pack_integer(values, scale, **settings)
-        assert expected.in_features == in_features
-        np.testing.assert_array_equal(pack_integer(values, scale, **settings, library=library).buffer, expected.buffer)
-    values = unpack_nibbles(pairs, pairs.size * 2).reshape(out_features, in_features)
-    values = ((values ^ 8).astype(np.int8) - 8) if signed else values
-    one_by_one = pack_integer(values, scale, bits=4, signed=signed)
-    np.testing.assert_array_equal(one_by_one.buffer, expected.buffer)
-    for dtype in (np.float32, np.float16):
-        weight = rng.standard_normal((out_features, in_features)).astype(dtype)
-        for layout in (weight, np.asfortranarray(weight)):  # the library reads the first only
-            np.testing.assert_array_equal(pack_float(layout, library=library).buffer, pack_float(weight).buffer)
+    unsigned = rng.integers(0, 256, (out_features, in_features)).astype(np.uint8)
+    nibbles = unsigned & 15
+    q = (unsigned ^ 0x80).view(np.int8) if signed else unsigned
+    q4 = nibbles.astype(np.int8) - 8 if signed else nibbles
+    # As stored, transposed, and neither.
+    for order in (np.ascontiguousarray, np.asfortranarray, lambda values: values.repeat(2, axis=1)[:, ::2]):
+        for wide in (q, q.astype(np.int64)):
+            assert_rows(pack_integer(order(wide), scale, bits=8, signed=signed).buffer, unsigned, 8)
+        assert_rows(pack_integer(order(q4), scale, bits=4, signed=signed).buffer, nibbles, 4)
+        for dtype in (np.float32, np.float16):
+            weight = order(rng.standard_normal((out_features, in_features)).astype(dtype))
+            assert_rows(pack_float(weight).buffer, weight, 32)
+    if in_features % 2 == 0:
+        stored = (q4[:, ::2] & 15 | q4[:, 1::2] << 4).view(np.uint8)
+        pairs = pack_integer(stored, scale, bits=4, signed=signed, nibbles=True)
+        assert pairs.in_features == in_features
+        np.testing.assert_array_equal(pairs.buffer, pack_integer(q4, scale, bits=4, signed=signed).buffer)
+
+
+def test_the_library_says_where_parts_lie():
+    rng = np.random.default_rng(0)
+    scale = rng.random((40, 3)).astype(np.float32)
+    zero_point, bias = np.arange(120, dtype=np.uint8).reshape(40, 3), rng.random(40).astype(np.float32)
+    q = np.zeros((40, 70), np.uint8)
+    buffer = pack_integer(q, scale, zero_point, bias, bits=8, signed=False, group_size=32).buffer
+    rows, scales, zeros = 70 * 64, 3 * 64 * 4, 3 * 64  # 40 output channels are padded to 64
+    assert buffer.size == rows + scales + zeros + 192 + 512
+    np.testing.assert_array_equal(buffer[rows:][:scales].view(np.float32).reshape(3, 64)[:, :40], scale.T)
+    np.testing.assert_array_equal(buffer[rows + scales :][:zeros].reshape(3, 64)[:, :40], zero_point.T)
+    np.testing.assert_array_equal(buffer[rows + scales + zeros :][:160].view(np.float32), bias)
+    assert not buffer[rows + scales + zeros + 160 :].any()
+
+
+def test_weights_that_are_not_aligned():
+    weight = np.frombuffer(bytes(range(1, 26)), np.uint8)[1:].view(np.float32).reshape(2, 3)
+    assert not weight.flags.aligned
+    assert_rows(pack_float(weight).buffer, weight, 32)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +140,11 @@ def test_buffers_of_a_pool_lie_apart_and_outlive_it():
     buffers = [pool.take(size) for size in sizes]
     del pool
     for buffer, size in zip(buffers, sizes, strict=True):
-        assert buffer.size == size and buffer.ctypes.data % ALIGNMENT == 0
+        assert buffer.size == size and buffer.ctypes.data % CACHE_LINE_BYTES == 0
     starts = sorted((buffer.ctypes.data, buffer.size) for buffer in buffers)
     assert all(at + size <= after for (at, size), (after, _) in zip(starts, starts[1:], strict=False))
     assert buffers[0].ctypes.data % HUGE_PAGE_BYTES == 0
-    assert buffers[1].ctypes.data - buffers[0].ctypes.data == ALIGNMENT  # one behind the other
+    assert buffers[1].ctypes.data - buffers[0].ctypes.data == CACHE_LINE_BYTES  # one behind the other
     for number, buffer in enumerate(buffers):
         buffer[0] = buffer[-1] = number
     assert [(buffer[0], buffer[-1]) for buffer in buffers] == [(n, n) for n in range(len(sizes))]

@@ -56,7 +56,7 @@ def test_kernels_are_clean(sanitizer, isa, tmp_path):
 @pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
 def test_operations_are_clean(sanitizer, tmp_path):
     flags = ("-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", *openvino_flags())
-    run_driver("op_driver", ("op.cpp", "linear.cpp"), flags, tmp_path)
+    run_driver("op_driver", ("op.cpp", "op_attributes.cpp", "linear.cpp"), flags, tmp_path)
 
 
 def test_tiles_that_the_system_refuses(tmp_path):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "gemm_vnni.hpp"
+#include "gemm_int8.hpp"
 
 #if defined(SCAP_AMX)
 #    include <sys/syscall.h>

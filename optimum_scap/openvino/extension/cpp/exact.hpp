@@ -77,8 +77,8 @@ struct Parameters {
             group = wanted;
             for (int i = 0; i < floats::kVectors; ++i) {
                 const int64_t at = column + i * simd::kWidth;
-                scales[i] = simd::load_scale(weights.scale_type, weights.scale_at(group, at));
-                zero_points[i] = floats::load_zero_point(weights, group, at);
+                scales[i] = load_scale(weights, group, at);
+                zero_points[i] = load_zero_point(weights, group, at);
             }
         }
     }
@@ -86,12 +86,12 @@ struct Parameters {
 
 /// q - zero_point of one channel, or its float weights.
 template <WeightType Type>
-SCAP_INLINE void load_centred(const Weights& weights, const Parameters<Type>& parameters, int64_t channel,
-                              int64_t column, simd::Float v[floats::kVectors]) {
+SCAP_INLINE void load_centered(const Weights& weights, const Parameters<Type>& parameters, int64_t channel,
+                               int64_t column, simd::Float v[floats::kVectors]) {
     floats::load_chunk<Type>(weights.row(channel) + column * bits(Type) / 8, v);
     if constexpr (is_quantized(Type)) {
         for (int i = 0; i < floats::kVectors; ++i) {
-            v[i] = simd::sub(v[i], parameters.zero_points[i]);
+            v[i] = centered(v[i], parameters.zero_points[i]);
         }
     }
 }
@@ -123,14 +123,14 @@ void add_token(const Weights& weights, Run run, const int64_t* ends, int64_t cou
                     prefetch(weights.row(run.channels[k + run.used]) + begin * bits(Type) / 8 + past);
                 }
                 simd::Float w[floats::kVectors];
-                load_centred<Type>(weights, parameters, run.channels[k], column, w);
+                load_centered<Type>(weights, parameters, run.channels[k], column, w);
                 const simd::Float value = simd::set1(run.values[k]);
                 for (int i = 0; i < floats::kVectors; ++i) {
                     products[i] = simd::fma(value, w[i], products[i]);
                 }
             }
             for (int i = 0; i < floats::kVectors; ++i) {
-                total[i] = is_quantized(Type) ? simd::fma(products[i], parameters.scales[i], total[i]) : products[i];
+                total[i] = is_quantized(Type) ? add_scaled(total[i], products[i], parameters.scales[i]) : products[i];
             }
         }
         for (int i = 0; i < floats::kVectors; ++i) {
@@ -148,10 +148,10 @@ void add_rows(const Weights& weights, const float* x, int64_t rows, Run run, int
         for (int64_t k = 0; k < run.used; ++k) {
             parameters.select(weights, run.channels[k], column);
             simd::Float w[floats::kVectors];
-            load_centred<Type>(weights, parameters, run.channels[k], column, w);
+            load_centered<Type>(weights, parameters, run.channels[k], column, w);
             for (int i = 0; i < floats::kVectors; ++i) {
                 if constexpr (is_quantized(Type)) {
-                    w[i] = simd::mul(w[i], parameters.scales[i]);
+                    w[i] = scaled(w[i], parameters.scales[i]);
                 }
                 simd::store(chunk + k * floats::kChunk + i * simd::kWidth, w[i]);
             }

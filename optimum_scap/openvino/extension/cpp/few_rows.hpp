@@ -40,13 +40,8 @@ inline void few_rows_panel(const Weights& weights, const Panels& panels, Kernel 
         float* at = values + m * kMaxQuantizedRows;
         if (x == nullptr) {
             std::copy(panels.values + panel.first, panels.values + panel.first + panel.used, at);
-        } else if (channels[panel.used - 1] - channels[0] == panel.used - 1) {
-            const float* from = x + m * weights.in_features + channels[0];
-            std::copy(from, from + panel.used, at);
         } else {
-            for (int64_t k = 0; k < panel.used; ++k) {
-                at[k] = x[m * weights.in_features + channels[k]];
-            }
+            gather_channels(x + m * weights.in_features, channels, panel.used, at);
         }
         std::fill(at + panel.used, at + panel.padded(), 0.0f);
     }

@@ -60,10 +60,8 @@ inline bool fill_bf16(const Panels& panels, const float* x, int64_t in_features,
             for (int64_t k = 0; k < depth; k += kPairDepth) {
                 alignas(64) float values[kPairDepth] = {};
                 if (row < rows) {
-                    const int64_t used = std::min(panel.used - k, kPairDepth);
-                    for (int64_t i = 0; i < used; ++i) {
-                        values[i] = x[row * in_features + panels.rows[panel.first + k + i]];
-                    }
+                    gather_channels(x + row * in_features, panels.rows + panel.first + k,
+                                    std::min(panel.used - k, kPairDepth), values);
                     if (!quantizable(largest_magnitude(values, kPairDepth))) {
                         return false;
                     }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "amx.hpp"
-#include "gemm_vnni.hpp"
 
 #if defined(SCAP_AMX)
 
@@ -30,47 +29,72 @@ inline void multiply_tiles(const int8_t* x, const uint8_t* w, int64_t depth, int
     _tile_stored(3, sums + pitch + 256, 64);
 }
 
-constexpr int64_t kInt8ScratchBytes = vnni::kGemmScratchBytes + 8 * kTileBytes;
+/// What the sums of one vector load of columns mean, with sums of high and low bytes in the order in which interleaving
+/// leaves them.
+template <WeightType Type>
+struct TileFold {
+    static constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
+    vnni::IntegerFold vectors[kHalves][4];
 
-/// c[m][n - first_column] += x W for all rows and the columns from first_column up to last_column, rounded up to whole
-/// vector loads. `scratch` holds kInt8ScratchBytes, 64-byte aligned.
+    SCAP_INLINE TileFold(const Weights& weights, int64_t group, int64_t column) {
+        for (int half = 0; half < kHalves; ++half) {
+            for (int i = 0; i < 4; ++i) {
+                vectors[half][i] = vnni::IntegerFold(weights, group, column + vnni::column_of<Type>(half, i));
+            }
+        }
+    }
+
+    SCAP_INLINE void add_to(float* accumulators, int half, vnni::Int high[4], vnni::Int low[4], float x_scale,
+                            int32_t sum) const {
+        vnni::Int v[4];
+        for (int i = 0; i < 4; ++i) {
+            v[i] = vnni::add(vnni::shift_left8(high[i]), low[i]);
+        }
+        vnni::order_columns(v);
+        for (int i = 0; i < 4; ++i) {
+            vectors[half][i].add_to(accumulators + vnni::column_of<Type>(half, i), v[i], x_scale, sum);
+        }
+    }
+};
+
+constexpr int64_t kInt8ScratchBytes = vnni::kPackedBytes + 8 * kTileBytes;
+
+template <WeightType Type>
+struct TileKernel {
+    using Fold = TileFold<Type>;
+    static constexpr bool kOrdered = false;
+    static constexpr bool kWholeTiles = true;
+
+    int32_t* sums;  // scratch, 8 tiles
+
+    int64_t packing_lines() const {
+        return vnni::kLinesPerQuad;
+    }
+
+    void multiply(const vnni::TileBlock& block, const Fold& fold) const {
+        for (int half = 0; half < Fold::kHalves; ++half) {
+            const uint8_t* w = block.weights + half * 4 * block.depth * 16;
+            multiply_tiles(block.x, w, block.depth, sums, 1024);
+            multiply_tiles(block.x, w + 2 * block.depth * 16, block.depth, sums + 512, 1024);
+            for (int64_t m = 0; m < block.rows; ++m) {
+                vnni::Int high[4], low[4];
+                for (int i = 0; i < 4; ++i) {
+                    high[i] = _mm512_load_si512(sums + i * 256 + m * 16);
+                    low[i] = _mm512_load_si512(sums + 1024 + i * 256 + m * 16);
+                }
+                fold.add_to(block.c + m * block.c_pitch, half, high, low, block.scales[m], block.sums[m]);
+            }
+        }
+    }
+};
+
+/// vnni::for_each_block with tiles. `scratch` holds kInt8ScratchBytes, 64-byte aligned.
 template <WeightType Type>
 void gemm(const Weights& weights, const Panels& panels, const vnni::Int8Activations& x, int64_t rows,
           int64_t first_column, int64_t last_column, uint8_t* scratch, float* c, int64_t c_pitch) {
-    constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
     const TileScope tiles(std::min(rows, kTileRows));
-    const int64_t row_bytes = weights.row_bytes();
-    const int64_t width = (last_column - first_column) * bits(Type) / 8;
-    const uint8_t* base = weights.data + first_column * bits(Type) / 8;
-    uint8_t* packed = scratch;
-    int32_t* sums = reinterpret_cast<int32_t*>(scratch + vnni::kGemmScratchBytes);
-    for (int64_t p = 0; p < panels.count; ++p) {
-        const Panel& panel = panels.items[p];
-        const int64_t depth = round_up(panel.used, kDepth);
-        vnni::for_each_load(panels, p, row_bytes, base, width, [&](int64_t byte, vnni::BlockPrefetch& ahead) {
-            vnni::pack_weights<Type, false>(panels, panel, row_bytes, base + byte, depth, depth / 4, ahead,
-                                            vnni::kLinesPerQuad, packed);
-            const int64_t column = byte * 8 / bits(Type);
-            const vnni::Fold<Type> fold(weights, panel.group, first_column + column);
-            for (int64_t block = 0; block < rows; block += kTileRows) {
-                const int8_t* x_tiles = x.tiles_at(panels, p, block);
-                for (int half = 0; half < kHalves; ++half) {
-                    const uint8_t* w = packed + half * 4 * depth * 16;
-                    multiply_tiles(x_tiles, w, depth, sums, 1024);
-                    multiply_tiles(x_tiles, w + 2 * depth * 16, depth, sums + 512, 1024);
-                    for (int64_t m = 0; m < std::min(rows - block, kTileRows); ++m) {
-                        vnni::Int high[4], low[4];
-                        for (int i = 0; i < 4; ++i) {
-                            high[i] = _mm512_load_si512(sums + i * 256 + m * 16);
-                            low[i] = _mm512_load_si512(sums + 1024 + i * 256 + m * 16);
-                        }
-                        const int64_t at = x.row_at(p, block + m);
-                        fold.add_to(c + (block + m) * c_pitch + column, half, high, low, x.scales[at], x.sums[at]);
-                    }
-                }
-            }
-        });
-    }
+    const TileKernel<Type> kernel{reinterpret_cast<int32_t*>(scratch + vnni::kPackedBytes)};
+    vnni::for_each_block<Type>(weights, panels, x, rows, first_column, last_column, scratch, c, c_pitch, kernel);
 }
 
 }  // namespace scap::amx

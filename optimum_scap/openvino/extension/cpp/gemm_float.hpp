@@ -11,16 +11,19 @@ constexpr int kColumnVectors = simd::kWidth == 16 ? 4 : 2;
 /// Dequantizes one chunk of columns of a panel to float32, [used][kChunk].
 template <WeightType Type>
 void dequantize_chunk(const Weights& weights, const Panels& panels, const Panel& panel, int64_t column, float* out) {
+    simd::Float scales[kVectors], zero_points[kVectors];
+    if constexpr (is_quantized(Type)) {
+        for (int i = 0; i < kVectors; ++i) {
+            scales[i] = load_group_scale(weights, panel.group, column + i * simd::kWidth);
+            zero_points[i] = load_zero_point(weights, panel.group, column + i * simd::kWidth);
+        }
+    }
     for (int64_t k = 0; k < panel.used; ++k) {
         simd::Float w[kVectors];
         load_chunk<Type>(weights.row(panels.rows[panel.first + k]) + column * bits(Type) / 8, w);
         for (int i = 0; i < kVectors; ++i) {
             if constexpr (is_quantized(Type)) {
-                const int64_t at = column + i * simd::kWidth;
-                w[i] = simd::sub(w[i], load_zero_point(weights, panel.group, at));
-                if (weights.grouped()) {
-                    w[i] = simd::mul(w[i], simd::load_scale(weights.scale_type, weights.scale_at(panel.group, at)));
-                }
+                w[i] = scaled(centered(w[i], zero_points[i]), scales[i]);
             }
             simd::store(out + k * kChunk + i * simd::kWidth, w[i]);
         }

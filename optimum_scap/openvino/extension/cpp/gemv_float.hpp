@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "dequantize.hpp"
 #include "panels.hpp"
 
 namespace scap::floats {
@@ -14,11 +15,6 @@ SCAP_INLINE void load_chunk(const uint8_t* p, simd::Float v[kVectors]) {
     for (int64_t i = 0; i < kChunk / 32; ++i) {
         simd::load_columns32<Type>(p + i * bits(Type) * 4, v + i * 32 / simd::kWidth);
     }
-}
-
-SCAP_INLINE simd::Float load_zero_point(const Weights& weights, int64_t group, int64_t column) {
-    return weights.zero_points == nullptr ? simd::set1(static_cast<float>(weights.zero_point))
-                                          : simd::load_u8(weights.zero_points + group * weights.padded_out() + column);
 }
 
 /// accumulators[c - first_column] += x W of panel p in float32, for columns from first_column up to last_column,
@@ -66,11 +62,9 @@ void gemv_panel(const Weights& weights, const Panels& panels, int64_t p, int64_t
         for (int i = 0; i < kVectors; ++i) {
             const int64_t at = column + i * simd::kWidth;
             if constexpr (is_quantized(Type)) {
-                const simd::Float offset = simd::mul(simd::set1(sum), load_zero_point(weights, panel.group, at));
-                total[i] = simd::sub(total[i], offset);
+                total[i] = centered_sum(total[i], sum, load_zero_point(weights, panel.group, at));
                 if (weights.grouped()) {
-                    total[i] =
-                        simd::mul(total[i], simd::load_scale(weights.scale_type, weights.scale_at(panel.group, at)));
+                    total[i] = scaled(total[i], load_scale(weights, panel.group, at));
                 }
             }
             float* accumulator = accumulators + at - first_column;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "vnni.hpp"
+#include "dequantize.hpp"
+#include "quantize.hpp"
 
 #if defined(SCAP_VNNI)
 
@@ -159,9 +160,9 @@ __attribute__((noinline)) void fold_panel(const Weights& weights, int64_t group,
     constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
     for (int64_t column = 0; column < columns; column += kHalves * kBytes) {
         for (int half = 0; half < kHalves; ++half) {
-            FoldVector fold[4];
+            IntegerFold fold[4];
             for (int i = 0; i < 4; ++i) {
-                fold[i] = FoldVector(weights, group, first_column + column + column_of<Type>(half, i));
+                fold[i] = IntegerFold(weights, group, first_column + column + column_of<Type>(half, i));
             }
             for (int64_t m = 0; m < rows; ++m) {
                 const int32_t* at = sums + m * pitch + column + half * kBytes;
@@ -194,7 +195,7 @@ struct TokenFold {
         order_columns(v);
         for (int i = 0; i < 4; ++i) {
             const int64_t at = column + column_of<Type>(half, i);
-            FoldVector(weights, group, first_column + at).add_to(accumulators + at, v[i], x_scale, sum);
+            IntegerFold(weights, group, first_column + at).add_to(accumulators + at, v[i], x_scale, sum);
         }
     }
 };

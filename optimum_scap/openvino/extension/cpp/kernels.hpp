@@ -8,7 +8,7 @@
 #include "gemv_float.hpp"
 #include "gemv_vnni.hpp"
 
-/// Which kernel a layer takes, and the switch from weight types to templates.
+/// Which kernel a layer takes, and what becomes of its sums.
 namespace scap {
 
 /// How exactly activations enter the products.
@@ -57,26 +57,6 @@ inline int64_t rows_panel_height(Kernel kernel) {
     return kernel == Kernel::int8 ? kMaxQuantizedRows : kFloatPanelRows;
 }
 
-template <WeightType Type>
-using TypeTag = std::integral_constant<WeightType, Type>;
-
-/// body(TypeTag<type>{})
-template <class Body>
-void with_type(WeightType type, const Body& body) {
-    switch (type) {
-        case WeightType::f32:
-            return body(TypeTag<WeightType::f32>{});
-        case WeightType::f16:
-            return body(TypeTag<WeightType::f16>{});
-        case WeightType::bf16:
-            return body(TypeTag<WeightType::bf16>{});
-        case WeightType::u8:
-            return body(TypeTag<WeightType::u8>{});
-        case WeightType::u4:
-            return body(TypeTag<WeightType::u4>{});
-    }
-}
-
 /// body(integral_constant<int, rows>{}) for 1 <= rows <= Largest.
 template <int Largest, class Body>
 void with_rows(int64_t rows, const Body& body) {
@@ -100,7 +80,7 @@ inline void finish_columns(const Weights& weights, const float* accumulators, in
             value = simd::add(value, simd::load(at + part * part_pitch));
         }
         if (has_scale) {
-            value = simd::mul(value, simd::load_scale(weights.scale_type, weights.scale_at(0, column)));
+            value = simd::mul(value, load_scale(weights, 0, column));
         }
         const int64_t n = std::min<int64_t>(last_column - column, simd::kWidth);
         if (n == simd::kWidth) {

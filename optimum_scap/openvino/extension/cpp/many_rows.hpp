@@ -113,7 +113,7 @@ inline void multiply_tile(const Weights& weights, const RowsInput& input, const 
 constexpr int64_t scratch_bytes() {
     int64_t bytes = kFloatPanelRows * floats::kChunk * static_cast<int64_t>(sizeof(float));
 #if defined(SCAP_VNNI)
-    bytes = std::max(bytes, vnni::kGemmScratchBytes);
+    bytes = std::max(bytes, vnni::kPackedBytes);
 #endif
 #if defined(SCAP_AMX)
     bytes = std::max({bytes, amx::kInt8ScratchBytes, amx::kBf16ScratchBytes});
@@ -243,7 +243,7 @@ inline MaskedRows hidden_rows(const float* x, int64_t rows, Threshold threshold,
                 finish_columns(job.layers[1], up, 1, 0, tile.begin, end, up - tile.begin);
             }
             apply_activation(activation, gate, up, end - tile.begin);
-            mask_channels(gate, end - tile.begin, hidden_threshold,
+            mask_channels(gate, end - tile.begin, hidden_threshold.from(tile.begin),
                           hidden.x + (tile.first_row + m) * features + tile.begin,
                           magnitudes + first_slot * features + tile.begin);
         }

@@ -1,39 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "op.hpp"
 
-#include <charconv>
-#include <cmath>
-#include <limits>
-#include <locale>
 #include <openvino/core/op_extension.hpp>
-#include <sstream>
 
 namespace scap {
 namespace {
 
 // The bytes of a layer of this many inputs and outputs can be counted in 64 bits; no layer comes near.
 constexpr int64_t kMaxFeatures = int64_t(1) << 28;
-
-constexpr const char* kAttributes[] = {"in_features", "out_features", "weight_types", "scale_types",
-                                       "group_sizes", "zero_points",  "has_bias",     "mode",
-                                       "threshold",   "decode_only",  "precision"};
-
-const std::map<std::string, WeightType> kWeightTypes = {{"f32", WeightType::f32},
-                                                        {"f16", WeightType::f16},
-                                                        {"bf16", WeightType::bf16},
-                                                        {"u8", WeightType::u8},
-                                                        {"u4", WeightType::u4}};
-const std::map<std::string, ScaleType> kScaleTypes = {{"f32", ScaleType::f32}, {"f16", ScaleType::f16}};
-const std::map<std::string, Precision> kPrecisions = {
-    {"f32", Precision::f32}, {"split", Precision::split}, {"bf16", Precision::bf16}};
-const std::map<std::string, Activation> kActivations = {
-    {"identity", Activation::identity}, {"silu", Activation::silu}, {"gelu_tanh", Activation::gelu_tanh},
-    {"gelu_erf", Activation::gelu_erf}, {"relu", Activation::relu}, {"relu2", Activation::relu2}};
-
-std::string trimmed(const std::string& text) {
-    const size_t begin = text.find_first_not_of(' ');
-    return begin == std::string::npos ? "" : text.substr(begin, text.find_last_not_of(' ') + 1 - begin);
-}
 
 ov::Shape leading_shape(const ov::Tensor& x, int64_t in_features, int64_t* rows) {
     ov::Shape shape = x.get_shape();
@@ -53,99 +27,21 @@ float* set_output(ov::Tensor& output, ov::Shape shape, int64_t out_features) {
 
 }  // namespace
 
-bool SparseOp::visit_attributes(ov::AttributeVisitor& visitor) {
-    for (const char* name : kAttributes) {
-        visitor.on_attribute(name, texts_[name]);
-    }
-    return true;
-}
-
-const std::string& SparseOp::text(const char* name) const {
-    const auto found = texts_.find(name);
-    NODE_VALIDATION_CHECK(this, found != texts_.end() && !found->second.empty(), "attribute ", name,
-                          " is missing or empty");
-    return found->second;
-}
-
-std::vector<std::string> SparseOp::texts(const char* name) const {
-    std::vector<std::string> items;
-    // The end makes a last empty item count.
-    std::istringstream stream(text(name) + ",");
-    for (std::string item; std::getline(stream, item, ',');) {
-        items.push_back(trimmed(item));
-    }
-    return items;
-}
-
-int64_t SparseOp::parse_integer(const char* name, const std::string& found) const {
-    int64_t value = 0;
-    const char* end = found.data() + found.size();
-    const auto [stop, error] = std::from_chars(found.data(), end, value);
-    NODE_VALIDATION_CHECK(this, error == std::errc() && stop == end, name, " must be an integer, got '", found, "'");
-    return value;
-}
-
-int64_t SparseOp::integer(const char* name) const {
-    return parse_integer(name, text(name));
-}
-
-std::vector<int64_t> SparseOp::integers(const char* name) const {
-    std::vector<int64_t> values;
-    for (const std::string& item : texts(name)) {
-        values.push_back(parse_integer(name, item));
-    }
-    return values;
-}
-
-float SparseOp::number(const char* name) const {
-    std::istringstream stream(text(name));
-    stream.imbue(std::locale::classic());  // whatever the program's own is
-    double value = 0.0;
-    stream >> value;
-    const bool is_whole = !stream.fail() && stream.peek() == std::istringstream::traits_type::eof();
-    NODE_VALIDATION_CHECK(this, is_whole && std::abs(value) <= std::numeric_limits<float>::max(), name,
-                          " must be a finite float32 number, got '", text(name), "'");
-    return static_cast<float>(value);
-}
-
-bool SparseOp::flag(const char* name) const {
-    return named<bool>({{"false", false}, {"true", true}}, name, text(name));
-}
-
-template <class Value>
-Value SparseOp::named(const std::map<std::string, Value>& values, const char* name, const std::string& found) const {
-    const auto value = values.find(found);
-    std::string choices;
-    for (const auto& [choice, _] : values) {
-        choices += (choices.empty() ? "" : ", ") + choice;
-    }
-    NODE_VALIDATION_CHECK(this, value != values.end(), name, " must be one of ", choices, "; got '", found, "'");
-    return value->second;
-}
-
-void SparseOp::parse_attributes() {
-    Attributes parsed;
-    parsed.in_features = integer("in_features");
-    parsed.out_features = integers("out_features");
-    for (const std::string& name : texts("weight_types")) {
-        parsed.weight_types.push_back(named(kWeightTypes, "weight_types", name));
-    }
-    for (const std::string& name : texts("scale_types")) {
-        parsed.scale_types.push_back(named(kScaleTypes, "scale_types", name));
-    }
-    parsed.group_sizes = integers("group_sizes");
-    parsed.zero_points = integers("zero_points");
-    parsed.has_bias = integers("has_bias");
-    parsed.mode = number("mode");
-    parsed.threshold = number("threshold");
-    parsed.decode_only = flag("decode_only");
-    parsed.precision = named(kPrecisions, "precision", text("precision"));
-    attributes_ = parsed;
-}
-
-Threshold SparseOp::threshold_for(const ov::Shape& shape, float mode, float threshold) const {
+Threshold SparseOp::threshold_for(const ov::Shape& shape, float mode, float threshold, const float* scale) const {
     const bool dense = attributes_.decode_only && shape.size() > 1 && shape[shape.size() - 2] != 1;
-    return Threshold{mode, dense ? 0.0f : threshold};
+    // A scale may be 0, which no threshold lets through.
+    return dense ? Threshold{mode} : Threshold{mode, threshold, scale};
+}
+
+std::vector<int64_t> SparseOp::scale_sizes() const {
+    std::vector<int64_t> sizes;
+    if (attributes_.scales_input) {
+        sizes.push_back(attributes_.in_features);
+    }
+    if (attributes_.scales_hidden) {
+        sizes.push_back(layer_in_features(attributes_.out_features.size() - 1));
+    }
+    return sizes;
 }
 
 void SparseOp::validate_layers() {
@@ -159,8 +55,10 @@ void SparseOp::validate_layers() {
                           "in_features out of range");
     NODE_VALIDATION_CHECK(this, attributes_.threshold >= 0.0f, "threshold must not be negative");
 
-    NODE_VALIDATION_CHECK(this, get_input_size() == 1 + count, "needs x and one buffer per layer: ", 1 + count,
-                          " inputs, got ", get_input_size());
+    const std::vector<int64_t> scales = scale_sizes();
+    const size_t inputs = 1 + count + scales.size();
+    NODE_VALIDATION_CHECK(this, get_input_size() == inputs, "needs x and one buffer per layer",
+                          scales.empty() ? "" : " and the scales", ": ", inputs, " inputs, got ", get_input_size());
     layers_.clear();
     for (size_t i = 0; i < count; ++i) {
         NODE_VALIDATION_CHECK(this, attributes_.out_features[i] > 0 && attributes_.out_features[i] <= kMaxFeatures,
@@ -177,7 +75,7 @@ void SparseOp::validate_layers() {
         weights.group_size = weights.in_features;
         const int64_t zero_point = attributes_.zero_points[i];
         if (is_quantized(weights.type)) {
-            const int64_t largest = weights.type == WeightType::u4 ? 15 : 255;
+            const int64_t largest = (int64_t(1) << bits(weights.type)) - 1;
             NODE_VALIDATION_CHECK(this, zero_point >= -1 && zero_point <= largest, "zero_points must lie in [0, ",
                                   largest, "], or be -1 where the buffer holds them; got ", zero_point);
             weights.has_zero_points = zero_point == -1;
@@ -198,6 +96,15 @@ void SparseOp::validate_layers() {
                               get_input_element_type(1 + i), " ", shape);
         layers_.push_back(weights);
     }
+    for (size_t i = 0; i < scales.size(); ++i) {
+        const size_t at = 1 + count + i;
+        const ov::PartialShape& shape = get_input_partial_shape(at);
+        NODE_VALIDATION_CHECK(this,
+                              get_input_element_type(at) == ov::element::f32 && shape.is_static() &&
+                                  shape.size() == 1 && shape[0].get_length() == scales[i],
+                              "input ", at, " must be f32 [", scales[i], "], got ", get_input_element_type(at), " ",
+                              shape);
+    }
     const auto& type = get_input_element_type(0);
     NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type.is_dynamic(), "x must be f32, got ", type);
 }
@@ -215,16 +122,27 @@ ov::PartialShape SparseOp::output_shape(int64_t out_features) const {
     return shape;
 }
 
-std::vector<Weights> SparseOp::bind(const ov::TensorVector& inputs) const {
-    OPENVINO_ASSERT(!layers_.empty() && inputs.size() == 1 + layers_.size(), "optimum_scap: wrong number of inputs");
-    std::vector<Weights> layers = layers_;
-    for (size_t i = 0; i < layers.size(); ++i) {
+SparseOp::Bound SparseOp::bind(const ov::TensorVector& inputs) const {
+    const std::vector<int64_t> scales = scale_sizes();
+    OPENVINO_ASSERT(!layers_.empty() && inputs.size() == 1 + layers_.size() + scales.size(),
+                    "optimum_scap: wrong number of inputs");
+    Bound bound{layers_};
+    for (size_t i = 0; i < layers_.size(); ++i) {
         const ov::Tensor& tensor = inputs[1 + i];
-        OPENVINO_ASSERT(tensor && static_cast<int64_t>(tensor.get_byte_size()) == layers[i].buffer_bytes(),
-                        "optimum_scap: input ", 1 + i, " must have ", layers[i].buffer_bytes(), " bytes");
-        layers[i].bind(static_cast<const uint8_t*>(tensor.data()));
+        OPENVINO_ASSERT(tensor && static_cast<int64_t>(tensor.get_byte_size()) == layers_[i].buffer_bytes(),
+                        "optimum_scap: input ", 1 + i, " must have ", layers_[i].buffer_bytes(), " bytes");
+        bound.layers[i].bind(static_cast<const uint8_t*>(tensor.data()));
     }
-    return layers;
+    for (size_t i = 0; i < scales.size(); ++i) {
+        const size_t at = 1 + layers_.size() + i;
+        const ov::Tensor& tensor = inputs[at];
+        OPENVINO_ASSERT(tensor && tensor.get_element_type() == ov::element::f32 &&
+                            static_cast<int64_t>(tensor.get_size()) == scales[i],
+                        "optimum_scap: input ", at, " must be f32 [", scales[i], "]");
+        const bool is_hidden = i > 0 || !attributes_.scales_input;
+        (is_hidden ? bound.hidden_scale : bound.scale) = tensor.data<const float>();
+    }
+    return bound;
 }
 
 void SCAPLinear::validate_and_infer_types() {
@@ -245,7 +163,8 @@ std::shared_ptr<ov::Node> SCAPLinear::clone_with_new_inputs(const ov::OutputVect
 }
 
 bool SCAPLinear::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    const std::vector<Weights> layers = bind(inputs);
+    const Bound bound = bind(inputs);
+    const std::vector<Weights>& layers = bound.layers;
     OPENVINO_ASSERT(outputs.size() == layers.size(), "optimum_scap: wrong number of outputs");
     int64_t rows = 0;
     const ov::Shape shape = leading_shape(inputs[0], attributes_.in_features, &rows);
@@ -254,24 +173,11 @@ bool SCAPLinear::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inp
         y[i] = set_output(outputs[i], shape, attributes_.out_features[i]);
     }
     if (rows > 0) {
-        const Threshold threshold = threshold_for(inputs[0].get_shape(), attributes_.mode, attributes_.threshold);
+        const Threshold threshold =
+            threshold_for(inputs[0].get_shape(), attributes_.mode, attributes_.threshold, bound.scale);
         sparse_linear(inputs[0].data<const float>(), rows, threshold, layers, attributes_.precision, y.data());
     }
     return true;
-}
-
-bool SCAPFeedForward::visit_attributes(ov::AttributeVisitor& visitor) {
-    for (const char* name : {"activation", "hidden_mode", "hidden_threshold"}) {
-        visitor.on_attribute(name, texts_[name]);
-    }
-    return SparseOp::visit_attributes(visitor);
-}
-
-void SCAPFeedForward::parse_attributes() {
-    SparseOp::parse_attributes();
-    attributes_.activation = named(kActivations, "activation", text("activation"));
-    attributes_.hidden_mode = number("hidden_mode");
-    attributes_.hidden_threshold = number("hidden_threshold");
 }
 
 void SCAPFeedForward::validate_and_infer_types() {
@@ -295,7 +201,7 @@ std::shared_ptr<ov::Node> SCAPFeedForward::clone_with_new_inputs(const ov::Outpu
 }
 
 bool SCAPFeedForward::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    const std::vector<Weights> layers = bind(inputs);
+    const Bound bound = bind(inputs);
     OPENVINO_ASSERT(outputs.size() == 1, "optimum_scap: wrong number of outputs");
     int64_t rows = 0;
     const ov::Shape shape = leading_shape(inputs[0], attributes_.in_features, &rows);
@@ -303,9 +209,9 @@ bool SCAPFeedForward::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     if (rows > 0) {
         const ov::Shape& x_shape = inputs[0].get_shape();
         sparse_ffn(inputs[0].data<const float>(), rows,
-                   threshold_for(x_shape, attributes_.mode, attributes_.threshold),
-                   threshold_for(x_shape, attributes_.hidden_mode, attributes_.hidden_threshold), attributes_.activation,
-                   layers, attributes_.precision, y);
+                   threshold_for(x_shape, attributes_.mode, attributes_.threshold, bound.scale),
+                   threshold_for(x_shape, attributes_.hidden_mode, attributes_.hidden_threshold, bound.hidden_scale),
+                   attributes_.activation, bound.layers, attributes_.precision, y);
     }
     return true;
 }

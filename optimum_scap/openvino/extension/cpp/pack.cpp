@@ -45,15 +45,24 @@ void transpose_bytes(const uint8_t* in, int64_t pitch, uint8_t (*out)[kTile]) {
 /// What a task needs to know of one matrix.
 struct Source {
     const uint8_t* data;
-    int64_t out_features;
-    int64_t in_features;
-    int64_t row_bytes;  // of the target
+    const Weights& layout;
     uint8_t* target;
+    int64_t row_bytes = layout.row_bytes();  // of the target
+
+    int64_t in_features() const {
+        return layout.in_features;
+    }
+    int64_t out_features() const {
+        return layout.out_features;
+    }
+    uint8_t* row(int64_t input_channel) const {
+        return target + input_channel * row_bytes;
+    }
 };
 
 /// Bytes of one tile: rows of the source that do not exist read as `fill`, which the sign flip turns into 0.
 void load_tile(const Source& s, int64_t pitch, int64_t row, int64_t column, uint8_t fill, uint8_t (*tile)[kTile]) {
-    const int64_t rows = std::min(s.out_features - row, kTile);
+    const int64_t rows = std::min(s.out_features() - row, kTile);
     const int64_t columns = std::min(pitch - column, kTile);
     const uint8_t* at = s.data + row * pitch + column;
     if (rows == kTile && columns == kTile) {
@@ -69,13 +78,12 @@ void load_tile(const Source& s, int64_t pitch, int64_t row, int64_t column, uint
 }
 
 void pack_bytes(const Source& s, int64_t column, uint8_t flip) {
-    const int64_t padded_out = round_up(s.out_features, kColumnPad);
     uint8_t tile[kTile][kTile];
-    for (int64_t row = 0; row < s.out_features; row += kTile) {
-        load_tile(s, s.in_features, row, column, flip, tile);
-        const int64_t width = std::min(padded_out - row, kTile);
-        for (int64_t c = 0; c < std::min(s.in_features - column, kTile); ++c) {
-            uint8_t* at = s.target + (column + c) * s.row_bytes + row;
+    for (int64_t row = 0; row < s.out_features(); row += kTile) {
+        load_tile(s, s.in_features(), row, column, flip, tile);
+        const int64_t width = std::min(s.layout.padded_out() - row, kTile);
+        for (int64_t c = 0; c < std::min(s.in_features() - column, kTile); ++c) {
+            uint8_t* at = s.row(column + c) + row;
             for (int64_t r = 0; r < width; ++r) {
                 at[r] = tile[c][r] ^ flip;
             }
@@ -83,23 +91,28 @@ void pack_bytes(const Source& s, int64_t column, uint8_t flip) {
     }
 }
 
-/// Source bytes hold two input channels, target bytes two output channels that are 16 apart.
-void pack_nibbles(const Source& s, int64_t column, uint8_t flip) {
-    const int64_t padded_out = round_up(s.out_features, kColumnPad);
-    const int64_t pitch = s.in_features / 2;
+/// Bytes of two output channels that are 16 apart, from the nibbles at bit `shift` of `width` bytes.
+void join_nibbles(const uint8_t* values, int64_t width, int shift, uint8_t flip, uint8_t* out) {
+    for (int64_t r = 0; r < width; r += kColumnPad) {
+        for (int64_t j = 0; j < 16; ++j) {
+            const int low = values[r + j] >> shift & 15;
+            const int high = values[r + 16 + j] >> shift & 15;
+            out[r / 2 + j] = static_cast<uint8_t>((low | high << 4) ^ flip);
+        }
+    }
+}
+
+/// Source bytes hold `per_byte` input channels.
+void pack_nibbles(const Source& s, int64_t column, int64_t per_byte, uint8_t flip) {
+    const int64_t pitch = s.in_features() / per_byte;
     uint8_t tile[kTile][kTile];
-    for (int64_t row = 0; row < s.out_features; row += kTile) {
+    for (int64_t row = 0; row < s.out_features(); row += kTile) {
         load_tile(s, pitch, row, column, flip, tile);
-        const int64_t width = std::min(padded_out - row, kTile);
+        const int64_t width = std::min(s.layout.padded_out() - row, kTile);
         for (int64_t c = 0; c < std::min(pitch - column, kTile); ++c) {
-            uint8_t* first = s.target + 2 * (column + c) * s.row_bytes + row / 2;
-            uint8_t* second = first + s.row_bytes;
-            for (int64_t r = 0; r < width; r += kColumnPad) {
-                const uint8_t* values = tile[c] + r;
-                for (int64_t j = 0; j < 16; ++j) {
-                    first[r / 2 + j] = static_cast<uint8_t>(((values[j] & 15) | values[16 + j] << 4) ^ flip);
-                    second[r / 2 + j] = static_cast<uint8_t>((values[j] >> 4 | (values[16 + j] & 0xf0)) ^ flip);
-                }
+            for (int64_t i = 0; i < per_byte; ++i) {
+                join_nibbles(tile[c], width, static_cast<int>(4 * i), flip,
+                             s.row(per_byte * (column + c) + i) + row / 2);
             }
         }
     }
@@ -108,13 +121,58 @@ void pack_nibbles(const Source& s, int64_t column, uint8_t flip) {
 template <class Value>
 void pack_values(const Source& s, int64_t column) {
     const Value* data = reinterpret_cast<const Value*>(s.data);
-    for (int64_t row = 0; row < s.out_features; row += kTile) {
-        const int64_t end = std::min(row + kTile, s.out_features);
-        for (int64_t c = column; c < std::min(column + kTile, s.in_features); ++c) {
-            Value* at = reinterpret_cast<Value*>(s.target + c * s.row_bytes);
+    for (int64_t row = 0; row < s.out_features(); row += kTile) {
+        const int64_t end = std::min(row + kTile, s.out_features());
+        for (int64_t c = column; c < std::min(column + kTile, s.in_features()); ++c) {
+            Value* at = reinterpret_cast<Value*>(s.row(c));
             for (int64_t r = row; r < end; ++r) {
-                at[r] = data[r * s.in_features + c];
+                at[r] = data[r * s.in_features() + c];
             }
+        }
+    }
+}
+
+uint8_t sign_flip(WeightType type, bool is_signed) {
+    return !is_signed ? 0 : type == WeightType::u4 ? 0x88 : 0x80;
+}
+
+/// One tile's width of columns; `per_byte` values to a byte of the source.
+void pack_columns(const Source& s, int64_t column, int64_t per_byte, bool is_signed) {
+    const uint8_t flip = sign_flip(s.layout.type, is_signed);
+    switch (s.layout.type) {
+        case WeightType::u4:
+            return pack_nibbles(s, column, per_byte, flip);
+        case WeightType::u8:
+            return pack_bytes(s, column, flip);
+        case WeightType::f16:
+        case WeightType::bf16:
+            return pack_values<uint16_t>(s, column);
+        case WeightType::f32:
+            return pack_values<uint32_t>(s, column);
+    }
+}
+
+/// The row of one input channel, whose values lie together in the source: [in][out], none of them sharing a byte.
+void copy_row(const Source& s, int64_t channel, bool is_signed) {
+    const int64_t size = std::max<int64_t>(bits(s.layout.type) / 8, 1) * s.out_features();
+    const uint8_t* from = s.data + channel * size;
+    uint8_t* to = s.row(channel);
+    const uint8_t flip = sign_flip(s.layout.type, is_signed);
+    if (!is_quantized(s.layout.type)) {
+        std::memcpy(to, from, static_cast<size_t>(size));
+        return;
+    }
+    for (int64_t at = 0; at < size; at += kColumnPad) {
+        uint8_t values[kColumnPad];
+        const int64_t n = std::min(size - at, kColumnPad);
+        std::copy(from + at, from + at + n, values);
+        std::fill(values + n, values + kColumnPad, flip);
+        if (s.layout.type == WeightType::u4) {
+            join_nibbles(values, kColumnPad, 0, flip, to + at / 2);
+        } else {
+            std::transform(values, values + kColumnPad, to + at, [flip](uint8_t value) {
+                return static_cast<uint8_t>(value ^ flip);
+            });
         }
     }
 }
@@ -122,45 +180,82 @@ void pack_values(const Source& s, int64_t column) {
 }  // namespace
 }  // namespace scap
 
-/// Writes the rows of a weight buffer (see Weights) from weights as OpenVINO stores them: [out][in] values of `bits`
-/// bits (4: two to a byte, the low nibble first, in_features even). Signed integers get their offset. Runs on all
-/// threads. `source` and `target` are aligned for their values.
-extern "C" __attribute__((visibility("default"))) void optimum_scap_pack_rows(
-    const void* source, int64_t out_features, int64_t in_features, int64_t bits, int64_t is_signed, int64_t row_bytes,
-    void* target) {
+#define SCAP_EXPORT extern "C" __attribute__((visibility("default")))
+
+/// Where the parts of a layer's buffer lie, in bytes from its beginning: what packing.py knows of Weights.
+struct optimum_scap_layout {
+    int64_t padded_out;  // columns of rows, scales and zero points
+    int64_t row_bytes;
+    int64_t scales;
+    int64_t zero_points;
+    int64_t bias;
+    int64_t bytes;
+};
+
+/// Fills `layout`; returns 0 where there is no such type. Sizes are positive, `group_size` 0 for one group.
+SCAP_EXPORT int optimum_scap_buffer_layout(const char* weight_type, const char* scale_type, int64_t in_features,
+                                           int64_t out_features, int64_t group_size, int has_zero_points, int has_bias,
+                                           optimum_scap_layout* layout) {
     using namespace scap;
-    const Source s{static_cast<const uint8_t*>(source), out_features, in_features, row_bytes,
-                   static_cast<uint8_t*>(target)};
-    const int64_t used_bytes = (bits <= 8 ? round_up(out_features, kColumnPad) : out_features) * bits / 8;
-    const int64_t columns = bits == 4 ? in_features / 2 : in_features;
-    // Several tiles to a task: neighbouring cache lines of the source are read together.
+    const WeightFormat* format = find_format(weight_type, kWeightFormats);
+    const ScaleFormat* scale_format = find_format(scale_type, kScaleFormats);
+    if (format == nullptr || scale_format == nullptr) {
+        return 0;
+    }
+    Weights weights;
+    weights.type = format->type;
+    weights.scale_type = scale_format->type;
+    weights.in_features = in_features;
+    weights.out_features = out_features;
+    weights.group_size = group_size == 0 ? in_features : group_size;
+    weights.has_zero_points = has_zero_points != 0;
+    weights.has_bias = has_bias != 0;
+    *layout = {weights.padded_out(),         weights.row_bytes(),   weights.scales_offset(),
+               weights.zero_points_offset(), weights.bias_offset(), weights.buffer_bytes()};
+    return 1;
+}
+
+/// Writes the rows of a weight buffer (see Weights) from weights as OpenVINO stores them: [out][in] values, `per_byte` of
+/// them (1, or 2 of 4 bits, the low nibble first) to a byte where they have no more bits; or (`is_transposed`) [in][out],
+/// one to a byte. Signed integers get their offset. Runs on all threads. `source` and `target` are aligned for their
+/// values. Returns 0 where there is no such type.
+SCAP_EXPORT int optimum_scap_pack_rows(const char* weight_type, const void* source, int64_t out_features,
+                                       int64_t in_features, int64_t per_byte, int is_signed, int is_transposed,
+                                       void* target) {
+    using namespace scap;
+    const WeightFormat* format = find_format(weight_type, kWeightFormats);
+    if (format == nullptr) {
+        return 0;
+    }
+    Weights layout;
+    layout.type = format->type;
+    layout.in_features = in_features;
+    layout.out_features = out_features;
+    const Source s{static_cast<const uint8_t*>(source), layout, static_cast<uint8_t*>(target)};
+    const int64_t columns = in_features / per_byte;
+    // Several tiles to a task: neighboring cache lines of the source are read together.
     constexpr int64_t kTaskColumns = 4 * kTile;
     parallel(ceil_div(columns, kTaskColumns), [&](int64_t task) {
-        for (int64_t column = task * kTaskColumns; column < std::min((task + 1) * kTaskColumns, columns);
-             column += kTile) {
-            switch (bits) {
-                case 4:
-                    pack_nibbles(s, column, is_signed != 0 ? 0x88 : 0);
-                    break;
-                case 8:
-                    pack_bytes(s, column, is_signed != 0 ? 0x80 : 0);
-                    break;
-                case 16:
-                    pack_values<uint16_t>(s, column);
-                    break;
-                default:
-                    pack_values<uint32_t>(s, column);
-                    break;
+        const int64_t begin = task * kTaskColumns;
+        const int64_t end = std::min(begin + kTaskColumns, columns);
+        for (int64_t column = begin; column < end; column += is_transposed != 0 ? 1 : kTile) {
+            if (is_transposed != 0) {
+                copy_row(s, column, is_signed != 0);
+            } else {
+                pack_columns(s, column, per_byte, is_signed != 0);
             }
         }
     });
+    const int64_t written = is_quantized(layout.type) ? layout.padded_out() : out_features;
+    const int64_t used_bytes = written * bits(layout.type) / 8;
     for (int64_t row = 0; row < in_features; ++row) {
-        std::memset(s.target + row * row_bytes + used_bytes, 0, static_cast<size_t>(row_bytes - used_bytes));
+        std::memset(s.row(row) + used_bytes, 0, static_cast<size_t>(layout.row_bytes() - used_bytes));
     }
+    return 1;
 }
 
 /// Whether dense layers of 4-bit weights decode faster here than with OpenVINO's own kernels. Measured with AVX-512 VNNI.
-extern "C" __attribute__((visibility("default"))) int optimum_scap_is_fast_for_dense_int4() {
+SCAP_EXPORT int optimum_scap_is_fast_for_dense_int4() {
 #if defined(SCAP_VNNI) && defined(SCAP_AVX512)
     return 1;
 #else

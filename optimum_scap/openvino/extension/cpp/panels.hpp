@@ -53,6 +53,18 @@ struct Panels {
     }
 };
 
+/// values[k] = row[channels[k]] for n ascending channels of a row of x.
+inline void gather_channels(const float* row, const uint32_t* channels, int64_t n, float* values) {
+    const float* first = row + channels[0];
+    if (channels[n - 1] - channels[0] == n - 1) {  // nothing is pruned between them
+        std::copy(first, first + n, values);
+        return;
+    }
+    for (int64_t k = 0; k < n; ++k) {
+        values[k] = row[channels[k]];
+    }
+}
+
 /// The bits of |value|: ordered like |value|, with every NaN above infinity.
 inline uint32_t magnitude(float value) {
     return float_bits(value) & 0x7fffffffu;

@@ -24,35 +24,37 @@ inline uint32_t largest_magnitude(const float* values, int64_t n) {
     return largest;
 }
 
-/// Writes the high and low bytes of n values; returns the sum of the integers. The largest magnitude must be
-/// quantizable.
-inline int32_t split_bytes(const float* values, int64_t n, uint32_t largest, int8_t* high, int8_t* low, float* scale) {
+/// store(i, q) for the integer q of each of n values, scale * q being the value; returns the sum of the integers. The
+/// largest magnitude must be quantizable. `store` is a SCAP_INLINE_LAMBDA.
+template <class Store>
+SCAP_INLINE int32_t for_each_quantized(const float* values, int64_t n, uint32_t largest, float* scale,
+                                       const Store& store) {
     const float inverse = largest == 0 ? 0.0f : kLargestQuantized / bits_float(largest);
     *scale = bits_float(largest) / kLargestQuantized;
     int32_t sum = 0;
     for (int64_t i = 0; i < n; ++i) {
         const float scaled = values[i] * inverse;
         const int32_t q = static_cast<int32_t>(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-        const int32_t h = (q + 128) >> 8;
-        high[i] = static_cast<int8_t>(h);
-        low[i] = static_cast<int8_t>(q - h * 256);
+        store(i, q);
         sum += q;
     }
     return sum;
 }
 
-/// The same without splitting: q itself, |q| <= kLargestQuantized.
+/// Writes the integers of n values as they are.
 inline int32_t quantize(const float* values, int64_t n, uint32_t largest, int16_t* q, float* scale) {
-    const float inverse = largest == 0 ? 0.0f : kLargestQuantized / bits_float(largest);
-    *scale = bits_float(largest) / kLargestQuantized;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const float scaled = values[i] * inverse;
-        const int32_t rounded = static_cast<int32_t>(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-        q[i] = static_cast<int16_t>(rounded);
-        sum += rounded;
-    }
-    return sum;
+    return for_each_quantized(values, n, largest, scale, [&](int64_t i, int32_t value) SCAP_INLINE_LAMBDA {
+        q[i] = static_cast<int16_t>(value);
+    });
+}
+
+/// Writes their high and low bytes.
+inline int32_t split_bytes(const float* values, int64_t n, uint32_t largest, int8_t* high, int8_t* low, float* scale) {
+    return for_each_quantized(values, n, largest, scale, [&](int64_t i, int32_t value) SCAP_INLINE_LAMBDA {
+        const int32_t h = (value + 128) >> 8;
+        high[i] = static_cast<int8_t>(h);
+        low[i] = static_cast<int8_t>(value - h * 256);
+    });
 }
 
 }  // namespace scap

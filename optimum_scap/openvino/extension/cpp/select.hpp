@@ -7,15 +7,26 @@
 
 namespace scap {
 
-/// Which activations are kept: |x - mode| > threshold, compared in float32. NaN is kept.
+/// Which activations are kept: scale_i * |x_i - mode| > threshold, every operation rounded once to float32. NaN is kept.
 struct Threshold {
     float mode = 0.0f;
     float threshold = 0.0f;
+    const float* scale = nullptr;  // per channel; null: 1
+
+    /// For the channels from `channel` on.
+    Threshold from(int64_t channel) const {
+        return Threshold{mode, threshold, scale == nullptr ? nullptr : scale + channel};
+    }
 };
 
-/// Writes the channels with |x - mode| > threshold and their x - mode; returns how many.
-/// `channels` and `values` need room for `n` + 16 elements.
-inline int64_t select_channels(const float* x, int64_t n, Threshold t, uint32_t* channels, float* values) {
+/// What is compared with the threshold.
+template <bool Scaled>
+SCAP_INLINE float importance(float difference, const float* scale, int64_t i) {
+    return Scaled ? std::fabs(difference) * scale[i] : std::fabs(difference);
+}
+
+template <bool Scaled>
+int64_t select_channels(const float* x, int64_t n, Threshold t, uint32_t* channels, float* values) {
     int64_t kept = 0;
     int64_t i = 0;
 #if defined(SCAP_AVX512)
@@ -25,7 +36,11 @@ inline int64_t select_channels(const float* x, int64_t n, Threshold t, uint32_t*
     for (; i < n; i += 16) {
         const __mmask16 valid = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
         const __m512 difference = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + i), mode);
-        const __mmask16 keep = _mm512_mask_cmp_ps_mask(valid, _mm512_abs_ps(difference), threshold, _CMP_NLE_UQ);
+        __m512 compared = _mm512_abs_ps(difference);
+        if constexpr (Scaled) {
+            compared = _mm512_mul_ps(compared, _mm512_maskz_loadu_ps(valid, t.scale + i));
+        }
+        const __mmask16 keep = _mm512_mask_cmp_ps_mask(valid, compared, threshold, _CMP_NLE_UQ);
         // Compressing in a register and storing it whole is several times faster than a compressing store.
         _mm512_storeu_si512(channels + kept, _mm512_maskz_compress_epi32(keep, channel));
         _mm512_storeu_ps(values + kept, _mm512_maskz_compress_ps(keep, difference));
@@ -37,20 +52,31 @@ inline int64_t select_channels(const float* x, int64_t n, Threshold t, uint32_t*
         const float difference = x[i] - t.mode;
         channels[kept] = static_cast<uint32_t>(i);
         values[kept] = difference;
-        kept += !(std::fabs(difference) <= t.threshold);
+        kept += !(importance<Scaled>(difference, t.scale, i) <= t.threshold);
     }
 #endif
     return kept;
 }
 
-/// Dense form for many rows: out = kept ? x - mode : 0, and magnitude[i] = max(magnitude[i], bits of |out|).
-inline void mask_channels(const float* x, int64_t n, Threshold t, float* out, uint32_t* magnitude) {
+/// Writes the channels that are kept and their x - mode; returns how many.
+/// `channels` and `values` need room for `n` + 16 elements.
+inline int64_t select_channels(const float* x, int64_t n, Threshold t, uint32_t* channels, float* values) {
+    return (t.scale == nullptr ? select_channels<false> : select_channels<true>)(x, n, t, channels, values);
+}
+
+template <bool Scaled>
+void mask_channels(const float* x, int64_t n, Threshold t, float* out, uint32_t* magnitude) {
     for (int64_t i = 0; i < n; ++i) {
         const float difference = x[i] - t.mode;
-        out[i] = std::fabs(difference) <= t.threshold ? 0.0f : difference;
+        out[i] = importance<Scaled>(difference, t.scale, i) <= t.threshold ? 0.0f : difference;
         const uint32_t bits = float_bits(out[i]) & 0x7fffffffu;
         magnitude[i] = magnitude[i] < bits ? bits : magnitude[i];
     }
+}
+
+/// Dense form for many rows: out = kept ? x - mode : 0, and magnitude[i] = max(magnitude[i], bits of |out|).
+inline void mask_channels(const float* x, int64_t n, Threshold t, float* out, uint32_t* magnitude) {
+    (t.scale == nullptr ? mask_channels<false> : mask_channels<true>)(x, n, t, out, magnitude);
 }
 
 }  // namespace scap

@@ -202,10 +202,6 @@ SCAP_INLINE void load_u4(const uint8_t* p, Float* low, Float* high) {
 
 #endif
 
-SCAP_INLINE Float load_scale(ScaleType type, const uint8_t* p) {
-    return type == ScaleType::f16 ? load_f16(p) : load(reinterpret_cast<const float*>(p));
-}
-
 /// 32 columns of one row as 32 / kWidth vectors in column order; quantized weights as integers, not dequantized.
 template <WeightType Type>
 SCAP_INLINE void load_columns32(const uint8_t* p, Float* v) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "quantize.hpp"
+#include "simd.hpp"
 
 #if defined(SCAP_VNNI)
 
-/// Vectors of bytes and of 32-bit sums, and what the kernels for quantized weights share.
+/// Vectors of bytes and of 32-bit sums.
 namespace scap::vnni {
 
 #    if defined(SCAP_AVX512)
@@ -170,65 +170,6 @@ constexpr int64_t column_of(int half, int i) {
     const int64_t at = int64_t(i) * simd::kWidth;
     return Type == WeightType::u4 ? at / 16 * 32 + half * 16 + at % 16 : at;
 }
-
-/// What turns the integer sums of one group into floats, for one vector of columns: x_scale * scale * (v - sum *
-/// zero_point), v being the sum of products and sum that of the activations. Without groups the scale is applied once,
-/// at the very end.
-struct FoldVector {
-    simd::Float scale;
-    Int zero_point;
-    bool has_scale;
-    bool has_zero_points;
-    int32_t common_zero_point;
-
-    FoldVector() = default;
-    SCAP_INLINE FoldVector(const Weights& weights, int64_t group, int64_t column)
-        : has_scale(weights.grouped()),
-          has_zero_points(weights.zero_points != nullptr),
-          common_zero_point(weights.zero_point) {
-        if (has_scale) {
-            scale = simd::load_scale(weights.scale_type, weights.scale_at(group, column));
-        }
-        if (has_zero_points) {
-            zero_point = load_u8(weights.zero_points + group * weights.padded_out() + column);
-        }
-    }
-
-    SCAP_INLINE void add_to(float* accumulators, Int v, float x_scale, int32_t sum) const {
-        // Modulo 2^32 on purpose: the difference fits, whatever its two terms do.
-        const Int offset = has_zero_points ? mul(set1(sum), zero_point)
-                                           : set1(static_cast<int32_t>(uint32_t(sum) * uint32_t(common_zero_point)));
-        const simd::Float value = to_float(sub(v, offset));
-        const simd::Float factor = has_scale ? simd::mul(scale, simd::set1(x_scale)) : simd::set1(x_scale);
-        simd::store(accumulators, simd::fma(value, factor, simd::load(accumulators)));
-    }
-};
-
-/// The same for the ordered vectors of one vector load of columns, with sums of high and low bytes.
-template <WeightType Type>
-struct Fold {
-    static constexpr int kHalves = Type == WeightType::u4 ? 2 : 1;
-    FoldVector vectors[kHalves][4];
-
-    SCAP_INLINE Fold(const Weights& weights, int64_t group, int64_t column) {
-        for (int half = 0; half < kHalves; ++half) {
-            for (int i = 0; i < 4; ++i) {
-                vectors[half][i] = FoldVector(weights, group, column + column_of<Type>(half, i));
-            }
-        }
-    }
-
-    SCAP_INLINE void add_to(float* accumulators, int half, Int high[4], Int low[4], float x_scale, int32_t sum) const {
-        Int v[4];
-        for (int i = 0; i < 4; ++i) {
-            v[i] = add(shift_left8(high[i]), low[i]);
-        }
-        order_columns(v);
-        for (int i = 0; i < 4; ++i) {
-            vectors[half][i].add_to(accumulators + column_of<Type>(half, i), v[i], x_scale, sum);
-        }
-    }
-};
 
 }  // namespace scap::vnni
 

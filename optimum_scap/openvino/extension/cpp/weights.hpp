@@ -3,11 +3,79 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <string_view>
+#include <type_traits>
 
 namespace scap {
 
 enum class WeightType { f32, f16, bf16, u8, u4 };
 enum class ScaleType { f32, f16 };
+
+/// What the rest asks of a type. A new one needs its line here, the load of its values (simd::load_columns32) and the
+/// transposition of its rows (pack.cpp); integers with scales also what the kernels for bytes do with their bits.
+struct WeightFormat {
+    WeightType type;
+    const char* name;  // as the operations' attributes and the layers of packing.py have it
+    int64_t bits;
+    bool is_quantized;
+};
+
+constexpr WeightFormat kWeightFormats[] = {
+    {WeightType::f32, "f32", 32, false}, {WeightType::f16, "f16", 16, false}, {WeightType::bf16, "bf16", 16, false},
+    {WeightType::u8, "u8", 8, true},     {WeightType::u4, "u4", 4, true},
+};
+
+struct ScaleFormat {
+    ScaleType type;
+    const char* name;
+    int64_t bits;
+};
+
+constexpr ScaleFormat kScaleFormats[] = {{ScaleType::f32, "f32", 32}, {ScaleType::f16, "f16", 16}};
+
+/// The line of a table for a type; every type has one.
+template <class Type, class Format, size_t N>
+constexpr const Format& format_of(Type type, const Format (&formats)[N]) {
+    size_t i = 0;
+    while (i + 1 < N && formats[i].type != type) {
+        ++i;
+    }
+    return formats[i];
+}
+
+/// The line of a table with a name, or null.
+template <class Format, size_t N>
+constexpr const Format* find_format(std::string_view name, const Format (&formats)[N]) {
+    for (const Format& format : formats) {
+        if (name == format.name) {
+            return &format;
+        }
+    }
+    return nullptr;
+}
+
+constexpr bool is_quantized(WeightType type) {
+    return format_of(type, kWeightFormats).is_quantized;
+}
+
+constexpr int64_t bits(WeightType type) {
+    return format_of(type, kWeightFormats).bits;
+}
+
+template <WeightType Type>
+using TypeTag = std::integral_constant<WeightType, Type>;
+
+/// body(TypeTag<type>{})
+template <size_t I = 0, class Body>
+void with_type(WeightType type, const Body& body) {
+    if constexpr (I + 1 < std::size(kWeightFormats)) {
+        if (type != kWeightFormats[I].type) {
+            return with_type<I + 1>(type, body);
+        }
+    }
+    body(TypeTag<kWeightFormats[I].type>{});
+}
 
 // Rows are padded to whole 16-byte pieces of the narrowest type. Kernels read whole vectors, so every buffer ends in
 // kTailBytes that may be read but never matter.
@@ -24,14 +92,6 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
     return (value + divisor - 1) / divisor;
-}
-
-constexpr bool is_quantized(WeightType type) {
-    return type == WeightType::u8 || type == WeightType::u4;
-}
-
-constexpr int64_t bits(WeightType type) {
-    return type == WeightType::f32 ? 32 : type == WeightType::u4 ? 4 : type == WeightType::u8 ? 8 : 16;
 }
 
 /// One fully connected layer, weights input-channel-major: row i holds W[:, i].
@@ -73,13 +133,16 @@ struct Weights {
         return bytes % 1024 == 0 ? bytes + kAlignment : bytes;
     }
     int64_t scale_size() const {
-        return scale_type == ScaleType::f32 ? 4 : 2;
+        return format_of(scale_type, kScaleFormats).bits / 8;
     }
     const uint8_t* row(int64_t input_channel) const {
         return data + input_channel * row_bytes();
     }
     const uint8_t* scale_at(int64_t group, int64_t column) const {
         return scales + (group * padded_out() + column) * scale_size();
+    }
+    const uint8_t* zero_point_at(int64_t group, int64_t column) const {
+        return zero_points + group * padded_out() + column;
     }
 
     int64_t scales_offset() const {
