@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports only what lies below it, and the core no framework. See docs/architecture.md.
+"""The floors of the house: a module imports only what lies below it, the core no framework (docs/architecture.md).
 
 Imports inside of functions count like any other: they are put there to be late, not to be hidden.
 """
@@ -77,7 +77,8 @@ def test_every_floor_exists() -> None:
 
 def test_a_wrong_import_is_found() -> None:
     """The check can fail."""
-    source = "def late():\n    from ..torch import backend\n    import optimum_scap.commands.scap\n    from . import sites\n"
+    source = "def late():\n    from ..torch import backend\n    import optimum_scap.commands.scap\n"
+    source += "    from . import sites\n"
     assert imported_floors(source, ("core",)) == {"torch", "commands", "core"}
     assert imported_floors("from .linear import prune\nfrom ...errors import SCAPError", ("torch", "blocks")) == {
         "torch",

@@ -32,7 +32,7 @@ from optimum_scap import SCAPConfig, sparsify_activations
 from optimum_scap.core.parameters import LayerParameters
 from optimum_scap.evaluation.torch_speed import DecodeLoop, realised_sparsity
 from optimum_scap.torch.backend import read_parameters
-from optimum_scap.torch.blocks.shared_input import share_inputs
+from optimum_scap.torch.blocks import run_dense_layers_together
 
 
 SPECS = {
@@ -129,7 +129,7 @@ def _measure_models(
         model = models[name] = random_llama(arguments.shape, device, dtype)
         if name in (ATTENTION, CATS):
             for block in model.model.layers:
-                share_inputs(block.self_attn)
+                run_dense_layers_together(block.self_attn)
         if name in specs:
             sparsify_activations(model, SCAPConfig.from_spec(specs[name]), calibration)
             sparsity[name] = realised_sparsity(model, ids)

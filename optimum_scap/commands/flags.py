@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..core.config import ESTIMATORS, ApplyTo, SCAPConfig
+from ..core.config import ESTIMATORS, ApplyTo, DenseLayers, SCAPConfig
 from ..core.parameter_files import load_parameters
 from ..core.parameters import SCAPParameters
 from ..core.roles import ROLES
@@ -38,8 +38,8 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
         "--scap-mode",
         metavar="MODE",
         help=(
-            f"How the mode of the activations is estimated: one of {', '.join(ESTIMATORS)}, or pairs such as down=kde. "
-            "Default: zero."
+            f"How the mode of the activations is estimated: one of {', '.join(ESTIMATORS)}, or pairs such as "
+            "down=kde. Default: zero."
         ),
     )
     group.add_argument(
@@ -77,6 +77,15 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
             f"Default: {fields['apply_to'].default}."
         ),
     )
+    group.add_argument(
+        "--scap-dense-layers",
+        choices=get_args(DenseLayers),
+        help=(
+            "Layers that are not pruned. fast: our runtimes may replace them by operations of ours where those are "
+            "faster, but for excluded ones; all: these too; stock: none. "
+            f"Default: {fields['dense_layers'].default}."
+        ),
+    )
     return group
 
 
@@ -91,13 +100,11 @@ def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
     check_no_flags(
         args,
         "--scap-parameters, which calibrates nothing",
-        ("scap_parameters", "scap_apply_to", "scap_fused", "scap_fused_precision"),
+        ("scap_parameters", "scap_apply_to", "scap_dense_layers", "scap_fused", "scap_fused_precision"),
     )
     parameters = load_parameters(args.scap_parameters)
-    if args.scap_apply_to is None:
-        return parameters
-    config = parameters.config.model_copy(update={"apply_to": args.scap_apply_to})
-    return parameters.model_copy(update={"config": config})
+    options = {"apply_to": args.scap_apply_to, "dense_layers": args.scap_dense_layers}
+    return parameters.model_copy(update={name: value for name, value in options.items() if value is not None})
 
 
 def config_from_flags(args: Namespace) -> SCAPConfig:
@@ -112,6 +119,7 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         "seq_len": args.scap_seq_len,
         "exclude": tuple(args.scap_exclude) if args.scap_exclude else None,
         "apply_to": args.scap_apply_to,
+        "dense_layers": args.scap_dense_layers,
     }
     try:
         return SCAPConfig.from_spec(

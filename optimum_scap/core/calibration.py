@@ -146,9 +146,9 @@ def calibrate(
         allocation: redistributes the sparsity that the targets ask for.
 
     Returns:
-        The groups, with the targets of the allocation, and {group key: criterion}; on the calibration data, with all of
-        them in force, each layer prunes its target within 0.01 (more where activations equal to the threshold make
-        that impossible).
+        The groups, with the targets of the allocation, and {group key: criterion}; on the calibration data, with all
+        of them in force, each layer prunes its target within 0.01 (more where activations equal to the threshold
+        make that impossible).
 
     Raises:
         SCAPError: naming the layer whose activations cannot be calibrated.
@@ -178,11 +178,8 @@ def calibrate(
                 group.key: statistics[group.key].solve(group.target.estimator, group.target.sparsity)
                 for group in reached
             }
-            if number < MODE_PASSES:
-                # With a scale a threshold belongs to the mode that was given: that of the pass before.
-                moved = _moved_modes(reached, statistics, scales, modes)
-            else:
-                moved = False
+            # With a scale a threshold belongs to the mode that was given: that of the pass before.
+            moved = number < MODE_PASSES and _moved_modes(reached, statistics, scales, modes)
             drifts = [_drift(statistics[group.key], current[group.key], solved[group.key]) for group in reached]
             worst = int(np.argmax(drifts))
             logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], names_of(reached[worst].layers))

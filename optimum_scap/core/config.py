@@ -71,8 +71,8 @@ class SCAPConfig(BaseModel):
 
     Args:
         targets: the target sparsity and the estimator of the mode, per role (see `core.roles.ROLES`) or, stronger, per
-            `re:PATTERN`, a regular expression searched in module paths; of several patterns that match the first counts.
-            A bare number stands for the estimator `zero`. A layer with sparsity 0 is left dense.
+            `re:PATTERN`, a regular expression searched in module paths; of several patterns that match the first
+            counts. A bare number stands for the estimator `zero`. A layer with sparsity 0 is left dense.
         include: regular expressions searched in module paths; when given, only layers that one of them matches are
             pruned.
         exclude: regular expressions searched in module paths; layers that one of them matches stay dense.
@@ -232,7 +232,8 @@ def _parse_targets(spec: str) -> dict[str, tuple[str | None, float]]:
             )
         if mode is not None and mode not in ESTIMATORS:
             raise SCAPError(
-                f"SCAP specification {shortened(spec)}: unknown mode {shortened(mode)}, choose from {', '.join(ESTIMATORS)}"
+                f"SCAP specification {shortened(spec)}: unknown mode {shortened(mode)}, choose from "
+                f"{', '.join(ESTIMATORS)}"
             )
         if role in targets:
             raise SCAPError(f"SCAP specification {shortened(spec)}: role {shortened(role)} is given twice")

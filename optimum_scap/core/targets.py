@@ -46,8 +46,9 @@ def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
     if not targets:
         patterns = "; the include and exclude patterns leave none of those" if roles & config.targets.keys() else ""
         raise SCAPError(
-            f"no fully connected layer is left to prune: the targets name {', '.join(map(printable, config.targets))}, "
-            f"the model has {', '.join(role for role in ROLES if role in roles) or 'no layer of a known role'}{patterns}"
+            "no fully connected layer is left to prune: the targets name "
+            f"{', '.join(map(printable, config.targets))}, the model has "
+            f"{', '.join(role for role in ROLES if role in roles) or 'no layer of a known role'}{patterns}"
             f"{first_of(dense)}"
         )
     if dense:

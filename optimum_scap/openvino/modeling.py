@@ -44,8 +44,8 @@ class SparseRuntimeMixin:
     def from_pretrained(cls, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         """As in optimum-intel. Where it returns an architecture's own class, that class gets the fast runtime too.
 
-        `dense_layers`: `fast`, `stock` or `all`, what becomes of layers that are not pruned, see SCAPConfig; by default
-        what the model's parameters say.
+        `dense_layers`: `fast`, `stock` or `all`, what becomes of layers that are not pruned, see SCAPConfig; by
+        default what the model's parameters say.
         """
         quiet_offline_guess()
         dense_layers = kwargs.pop("dense_layers", None)

@@ -103,7 +103,7 @@ class ModelRun:
 
 
 def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], samples: Iterable[Any]) -> list[Site]:
-    """Layers that are called with the very same tensor share a site; those that the first sample does not reach do not.
+    """Layers that are called with the very same tensor share a site; those that the first sample misses do not.
 
     Raises:
         SCAPError: if there are no samples, or the model cannot run on the first.

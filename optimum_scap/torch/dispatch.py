@@ -33,9 +33,9 @@ def way_of(x: Tensor, *layers: Any) -> Way:
             # Before anything depends on the number of rows: an exported program is to serve any.
             if torch.jit.is_tracing():  # type: ignore[attr-defined]
                 return Way.TRACED
-        elif all([layer.can_run_sparse(x) for layer in layers]):
+        elif all(layer.can_run_sparse(x) for layer in layers):
             return Way.SPARSE
-    return Way.DENSE if any([layer.runs_dense(x) for layer in layers]) else Way.PRUNED
+    return Way.DENSE if any(layer.runs_dense(x) for layer in layers) else Way.PRUNED
 
 
 def may_call_kernel(x: Tensor, weight: Tensor) -> bool:

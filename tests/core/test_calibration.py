@@ -151,7 +151,7 @@ def everywhere(values: Any = LINE) -> Numbers:
 
 
 def test_from_a_model_to_its_parameters() -> None:
-    """The whole way: sites found once and kept, targets per role and per pattern, one criterion per site and target."""
+    """Sites found once and kept, targets per role and per pattern, one criterion per site and target."""
     model = everywhere()
     config = SCAPConfig(
         targets={"q": 0.2, "k": 0.2, "v": 0.4, "gate": 0.5, "up": 0.5, "re:down_proj$": 0.6, "down": 0.9}

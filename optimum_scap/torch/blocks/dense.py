@@ -38,9 +38,9 @@ def convert_dense_layers(model: nn.Module, only: Container[int] | None) -> None:
     """
     for path, module in model.named_modules():
         # accelerate's hooks replace the forward of an instance, and call what they found there
-        if type(module) is nn.Linear and find_role(path) is not None and "forward" not in vars(module):
-            if only is None or id(module) in only:
-                module.__class__ = DenseLinear
+        is_plain = type(module) is nn.Linear and "forward" not in vars(module)
+        if is_plain and find_role(path) is not None and (only is None or id(module) in only):
+            module.__class__ = DenseLinear
 
 
 def _on_gpu(x: Tensor) -> bool:
