@@ -56,7 +56,7 @@ class BufferPool:
         self._free = np.empty(0, np.uint8)
 
     def take(self, size: int) -> np.ndarray:
-        """``size`` bytes, uninitialised, from the beginning of a cache line on."""
+        """``size`` bytes, uninitialized, from the beginning of a cache line on."""
         if size > self._free.size:
             # What is not touched takes no memory.
             memory = np.empty(max(size, POOL_BYTES) + HUGE_PAGE_BYTES, np.uint8)

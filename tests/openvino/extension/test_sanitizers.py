@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ code under the sanitizers: wrong results, out-of-bounds access, undefined behaviour, data races.
+"""The C++ code under the sanitizers: wrong results, out-of-bounds access, undefined behavior, data races.
 
 Each build compiles it once more: the kernels without OpenVINO, the operations with it. OpenVINO itself is not
 instrumented.

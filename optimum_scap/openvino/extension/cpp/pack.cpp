@@ -121,12 +121,13 @@ void pack_nibbles(const Source& s, int64_t column, int64_t per_byte, uint8_t fli
 template <class Value>
 void pack_values(const Source& s, int64_t column) {
     const Value* data = reinterpret_cast<const Value*>(s.data);
+    const int64_t pitch = s.in_features();
     for (int64_t row = 0; row < s.out_features(); row += kTile) {
         const int64_t end = std::min(row + kTile, s.out_features());
-        for (int64_t c = column; c < std::min(column + kTile, s.in_features()); ++c) {
+        for (int64_t c = column; c < std::min(column + kTile, pitch); ++c) {
             Value* at = reinterpret_cast<Value*>(s.row(c));
             for (int64_t r = row; r < end; ++r) {
-                at[r] = data[r * s.in_features() + c];
+                at[r] = data[r * pitch + c];
             }
         }
     }

@@ -12,7 +12,7 @@
 
 namespace scap {
 
-/// Bump allocator for the buffers of one call; every buffer is 64-byte aligned and uninitialised.
+/// Bump allocator for the buffers of one call; every buffer is 64-byte aligned and uninitialized.
 class Arena {
 public:
     Arena() = default;

@@ -4,7 +4,7 @@
 #include <thread>
 #include <vector>
 
-// What the kernels use of oneTBB, on std::thread: ThreadSanitizer cannot see the synchronisation inside a oneTBB that
+// What the kernels use of oneTBB, on std::thread: ThreadSanitizer cannot see the synchronization inside a oneTBB that
 // was built without it.
 namespace tbb {
 
