@@ -9,8 +9,8 @@ In front of a fully connected layer `y = W x + b` stands
     decode only:  as above, with Select(tokens == 1, t, 0) for t, tokens being x's last dimension but one
 
 which is the criterion (see `core.criterion`) in float32; a NaN is kept. Without the mode this is the pattern that
-NNCF's torch backend exports. Where the activations are quantized too, the quantizer was calibrated on x, not on x - m: what is
-pruned becomes m itself there, and nothing is folded. A threshold of 0 prunes nothing that would count.
+NNCF's torch backend exports. Where the activations are quantized too, the quantizer was calibrated on x, not on x - m:
+what is pruned becomes m itself there, and nothing is folded. A threshold of 0 prunes nothing that would count.
 """
 
 from collections.abc import Sequence
