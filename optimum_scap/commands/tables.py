@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ..core.parameters import SCAPParameters
 from ..errors import printable
+from ..evaluation.sparsity import describe
 
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def print_benchmark(measurements: Sequence["Measurement"], sparsity: Mapping[str
     console = Console(width=120)
     console.print(table)
     console.print(prefill)
-    console.print(_as_it_is("skipped: " + ", ".join(f"{role} {value:.1%}" for role, value in sparsity.items())))
+    console.print(_as_it_is(f"skipped: {describe(sparsity)}"))
 
 
 def _table(*headers: str) -> Table:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..data.lengths import clamp_length, longest_sequence
 from ..errors import SCAPError
+from .sparsity import by_role
 
 
 PROMPT = (
@@ -198,10 +199,7 @@ def realised_sparsity(folder: Path, tokens: int = 192) -> dict[str, float]:
 
     sample = model.prepare_inputs(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64))
     roles = {layer.path: layer.role for layer in find_fully_connected(model.model)}
-    by_role: dict[str, list[float]] = {}
-    for path, value in measure_sparsity(model.model, [sample], 1).items():
-        by_role.setdefault(roles[path] or "other", []).append(value)
-    return {role: statistics.mean(values) for role, values in by_role.items()}
+    return by_role(measure_sparsity(model.model, [sample], 1), roles)
 
 
 def as_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

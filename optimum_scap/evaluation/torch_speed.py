@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from ..errors import SCAPError, first_line
 from ..torch.backend import measure_sparsity as measure_by_layer
 from ..torch.backend import pruned_layers
+from .sparsity import by_role
 from .speed import PROMPT, Measurement, Spread, check_length
 
 
@@ -140,12 +140,9 @@ def measure(
 
 def realised_sparsity(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """{role: fraction of input channels skipped} of a sparse model on the tokens `ids` [1, tokens]."""
-    layers = pruned_layers(model)
-    by_role: dict[str, list[float]] = {}
-    for path, value in measure_by_layer(model, [{"input_ids": ids}]).items():
-        parameters: Any = layers[path].scap_parameters
-        by_role.setdefault(parameters.role, []).append(value)
-    return {role: float(np.mean(values)) for role, values in by_role.items()}
+    layers: dict[str, Any] = dict(pruned_layers(model))
+    roles = {path: layer.scap_parameters.role for path, layer in layers.items()}
+    return by_role(measure_by_layer(model, [{"input_ids": ids}]), roles)
 
 
 def _generate(model: Any, folder: Path, tokens: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a layer can have besides two numbers, in both backends: a scale per channel, a bias correction, its own target."""
+"""What a layer can have besides two numbers, in both backends: a scale, a bias correction, a target of its own."""
 
 from collections.abc import Callable
 from pathlib import Path
