@@ -24,7 +24,7 @@ def sparsify_activations(
     """Applies Statistical Calibrated Activation Pruning (SCAP, arXiv 2412.07174) to a model, after training.
 
     The input activations of each selected fully connected layer are pruned where `|x_i - mode| <= threshold`; mode
-    and threshold are calibrated on `dataset` so that the target sparsity is realised while all layers are sparse.
+    and threshold are calibrated on `dataset` so that the target sparsity is realized while all layers are sparse.
 
     Args:
         model: a `torch.nn.Module` (any transformers model among them), an `openvino.Model`, or any optimum-intel
