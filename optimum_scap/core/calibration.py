@@ -2,30 +2,27 @@
 
     layers -> sites -> targets -> statistics -> criteria -> parameters
 
-Thresholds must hold while all other layers are sparse too (the reference calibrates each layer behind layers that are
-already pruned), so the passes over the data are repeated under the current criteria until the sparsity they realize
-has settled.
+How the statistics are read is `stream`'s business.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__
 from ..errors import SCAPError
-from ..progress import length, run_over
-from .backend import Backend, Collector
+from ..progress import ProgressBar
+from .backend import Backend
 from .config import SCAPConfig, Target
-from .criterion import KEEP_ALL, Criterion
+from .criterion import Criterion
 from .parameters import LayerParameters, SCAPParameters
 from .sites import Layers, Site
 from .statistics import ActivationStatistics
+from .stream import MODE_PASSES, SETTLED, Stream
 from .targets import Group, choose_targets, is_excluded, make_groups
-from .unreached import names_of, never_reached
+from .unreached import names_of
 
 
 if TYPE_CHECKING:
@@ -34,11 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTLED = 0.004
 MAX_PASSES = 8
-FIRST_PASS_FRACTION = 0.25
-# Behind that many passes a mode stays what it is where the threshold has to be found for a given one.
-MODE_PASSES = 2
 
 # What redistributes sparsity: (groups, their statistics on the dense model, the weights that each reads) to a sparsity
 # per group key, which skips as many weights as the targets do.
@@ -155,85 +148,26 @@ def calibrate(
     """
     groups = list(groups)
     scales = {group.key: scale for group in groups if (scale := _channel_scale(backend, group)) is not None}
-    current = {group.key: KEEP_ALL for group in groups}
-    modes = dict.fromkeys(current, np.float32(0.0))
-    total = length(samples)
     with backend.collector(groups, scales) as collector:
-        for number in range(MAX_PASSES):
-            # A dense pass only has to give a starting point: the passes behind it see other activations anyway.
-            limit = None if total is None else max(1, math.ceil(total * (FIRST_PASS_FRACTION if number == 0 else 1.0)))
-            statistics = {
-                group.key: backend.statistics(names_of(group.layers), seed, scales.get(group.key), modes[group.key])
-                for group in groups
-            }
-            seen = _run_pass(collector, current, samples, total, limit, number, statistics)
-            unseen = [group for group in groups if group.key not in seen]
-            if unseen and (number > 0 or len(unseen) == len(groups)):
-                raise SCAPError(never_reached(unseen, groups))
-            if number == 0 and allocation is not None:
-                groups = _allocated(groups, statistics, layers, allocation)
-            # What the first samples do not reach, others may.
-            reached = [group for group in groups if group.key in seen]
-            solved = {
-                group.key: statistics[group.key].solve(group.target.estimator, group.target.sparsity)
-                for group in reached
-            }
-            # With a scale a threshold belongs to the mode that was given: that of the pass before.
-            moved = number < MODE_PASSES and _moved_modes(reached, statistics, scales, modes)
-            drifts = [_drift(statistics[group.key], current[group.key], solved[group.key]) for group in reached]
-            worst = int(np.argmax(drifts))
-            logger.info("pass %d: largest drift %.4f (%s)", number + 1, drifts[worst], names_of(reached[worst].layers))
-            # The correction that the last pass found is taken along, small as it is: it is known, and costs nothing.
-            current = {**current, **solved}
-            if number > 0 and drifts[worst] <= SETTLED and not moved:
-                return groups, current
+        stream = Stream(backend, collector, groups, scales, samples, seed)
+        with ProgressBar("SCAP calibration", stream.expected_steps(allocation is not None)) as bar:
+            if allocation is not None:
+                stream.groups = _allocated(groups, stream.read_dense(bar), layers, allocation)
+            stream.lead_in(bar)
+            for number in range(MAX_PASSES):
+                if number > 0:
+                    bar.lengthen(stream.total)
+                worst, drift, moved = stream.read_all(bar, keep_modes=number >= MODE_PASSES)
+                logger.info("pass %d: largest drift %.4f (%s)", number + 1, drift, names_of(worst.layers))
+                if drift <= SETTLED and not moved:
+                    return stream.groups, stream.criteria
     logger.warning(
         "thresholds did not settle in %d passes: %s still moves by %.3f sparsity; more calibration samples may help",
         MAX_PASSES,
-        names_of(reached[worst].layers),
-        drifts[worst],
+        names_of(worst.layers),
+        drift,
     )
-    return groups, current
-
-
-def _run_pass(
-    collector: Collector,
-    criteria: Mapping[str, Criterion],
-    samples: Iterable[Any],
-    total: int | None,
-    limit: int | None,
-    number: int,
-    statistics: Mapping[str, ActivationStatistics],
-) -> set[str]:
-    """Feeds the statistics under the criteria; the keys of the groups that were reached."""
-    seen: set[str] = set()
-
-    def visit(key: str, activations: Any) -> None:
-        if 0 not in activations.shape:
-            seen.add(key)
-        statistics[key].add(activations)
-
-    collector.set(criteria)
-    run = partial(collector.run, visit=visit)
-    if run_over(samples, run, total, f"SCAP calibration, pass {number + 1}", limit) == 0:
-        raise SCAPError("the calibration dataset is empty")
-    return seen
-
-
-def _moved_modes(
-    groups: Iterable[Group],
-    statistics: Mapping[str, ActivationStatistics],
-    scales: Mapping[str, Any],
-    modes: dict[str, np.float32],
-) -> bool:
-    """Takes over the modes that groups with a scale have now; whether one of them moved."""
-    moved = False
-    for group in groups:
-        if group.key in scales:
-            mode = statistics[group.key].mode(group.target.estimator, group.target.sparsity)
-            moved = moved or mode != modes[group.key]
-            modes[group.key] = mode
-    return moved
+    return stream.groups, stream.criteria
 
 
 def _channel_scale(backend: Backend, group: Group) -> "NDArray[np.float32] | None":
@@ -277,8 +211,3 @@ def _all_layers(parts: Iterable[Layers]) -> Layers:
         {path: reason for part in parts for path, reason in part.dense.items()},
         frozenset().union(*(part.experts for part in parts)),
     )
-
-
-def _drift(statistics: ActivationStatistics, current: Criterion, solved: Criterion) -> float:
-    """How far the sparsity of the criterion in force is from that of the one that fits what was just seen."""
-    return abs(statistics.sparsity(current) - statistics.sparsity(solved))

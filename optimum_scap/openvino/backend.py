@@ -7,7 +7,6 @@ import numpy as np
 import openvino as ov
 
 from ..core import backend as core
-from ..core.parameter_files import parameters_from_json
 from ..core.parameters import SCAPParameters
 from ..core.roles import module_path
 from ..core.sites import Layer, Layers, Site, match_paths
@@ -15,7 +14,8 @@ from ..core.targets import Group
 from ..errors import SCAPError, printable
 from .collect import OpenVINOCollector, OpenVINOCounter
 from .graph import FullyConnected, evaluate_weights, group_by_input, named_layers
-from .threshold_ops import add_bias_correction, find_threshold_ops, insert_threshold_ops, read_tensors
+from .parameters import RT_INFO, read_parameters
+from .threshold_ops import add_bias_correction, find_threshold_ops, insert_threshold_ops
 
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["OpenVINOBackend", "measure_sparsity", "read_parameters"]
-
-_RT_INFO = ["optimum_scap", "parameters"]
 
 
 class OpenVINOBackend(core.Backend):
@@ -83,27 +81,14 @@ class OpenVINOBackend(core.Backend):
                     if correction is not None:
                         add_bias_correction(layer, correction)
         self._model.validate_nodes_and_infer_types()
-        self._model.set_rt_info(parameters.model_dump_json(), _RT_INFO)
+        self._model.set_rt_info(parameters.model_dump_json(), RT_INFO)
 
     def _check_is_dense(self) -> None:
-        if self._model.has_rt_info(_RT_INFO) or find_threshold_ops(self._model):
+        if self._model.has_rt_info(RT_INFO) or find_threshold_ops(self._model):
             raise SCAPError(f"{self._name} already holds SCAP threshold operations; start from the model without them")
 
     def counter(self) -> OpenVINOCounter | None:
         return OpenVINOCounter(self._model) if find_threshold_ops(self._model) else None
-
-
-def read_parameters(model: ov.Model) -> SCAPParameters | None:
-    """The SCAP parameters that `model` carries, None if it carries none.
-
-    Raises:
-        SCAPError: if what it carries cannot be read.
-    """
-    if not model.has_rt_info(_RT_INFO):
-        return None
-    found = parameters_from_json(model.get_rt_info(_RT_INFO).astype(str), "the model's SCAP parameters")
-    has_tensors = any(layer.tensors for layer in found.layers.values())
-    return found.with_named_tensors(read_tensors(model)) if has_tensors else found
 
 
 def measure_sparsity(model: ov.Model, samples: Iterable[Any], total: int | None = None) -> dict[str, float]:

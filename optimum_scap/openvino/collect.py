@@ -11,6 +11,7 @@ from ..core.backend import Add, Collector, Counter, Visit
 from ..core.criterion import Criterion
 from ..core.targets import Group
 from ..data.padding import Padding
+from .fast_passes import speed_up
 from .graph import named_layers
 from .inference import Runner, model_with_outputs
 from .threshold_ops import ThresholdOps, find_threshold_ops, insert_adjustable_ops
@@ -39,7 +40,9 @@ class OpenVINOCollector(Collector):
             mode, threshold = (_scalar_parameter(_input_name(index, name)) for name in ("mode", "threshold"))
             insert_adjustable_ops([layers[path] for path in group.layers], mode, threshold, scales.get(group.key))
             parameters += [mode, threshold]
-        self._run = Runner(model_with_outputs(clone, outputs, parameters))
+        to_run = model_with_outputs(clone, outputs, parameters)
+        speed_up(to_run)
+        self._run = Runner(to_run)
 
     def set(self, criteria: Mapping[str, Criterion]) -> None:
         inputs = {}
@@ -62,7 +65,9 @@ class OpenVINOCounter(Counter):
     def __init__(self, model: ov.Model) -> None:
         clone = model.clone()
         self._ops = find_threshold_ops(clone)
-        self._run = Runner(model_with_outputs(clone, [_pruned_by_token(match) for match in self._ops]))
+        to_run = model_with_outputs(clone, [_pruned_by_token(match) for match in self._ops])
+        speed_up(to_run)
+        self._run = Runner(to_run)
 
     def run(self, sample: Any, add: Add) -> None:
         inputs = self._run.inputs_by_name(sample)

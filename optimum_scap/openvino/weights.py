@@ -1,5 +1,6 @@
 """The weights of a fully connected layer as the IR stores them: float, or integers with scales and zero points."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,10 +88,10 @@ def _pack_integers(
     )
 
 
-def is_int4(layer: FullyConnected) -> bool:
-    """Whether the weights of `layer` are 4-bit integers with scales, as `pack_weights` reads them."""
+def is_integer(layer: FullyConnected, bits: Collection[int] = (4, 8)) -> bool:
+    """Whether the weights of `layer` are integers of so many bits with scales, as `pack_weights` reads them."""
     try:
-        return _read_integers(layer, _decompression(layer)).bits == 4
+        return _read_integers(layer, _decompression(layer)).bits in bits
     except UnsupportedWeightsError:
         return False
 

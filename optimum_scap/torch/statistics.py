@@ -19,36 +19,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Values per doubling of the stream that are sorted. A random sample of n values has ranks with a standard deviation of
-# at most 0.5 / sqrt(n), here 0.00025 of the count.
-_KEPT_PER_DOUBLING = 1 << 22
-_SORTED_AT_ONCE = 1 << 22
-
-
 class TorchQuantileSketch(QuantileSketch):
-    """The same sketch over torch tensors, thinned out before it sorts: sorting all would dominate a calibration.
-
-    While the stream is short every value counts. Of later values one out of every 2^k neighbours is drawn, such that
-    every doubling of the stream adds the same number of values.
-    """
+    """The same sketch over torch tensors."""
 
     def __init__(self, capacity: int = 8192, seed: int = 0) -> None:
         super().__init__(capacity, seed)
         self._seed = seed
         self._generator: torch.Generator | None = None
 
-    def add(self, values: Tensor, weight_level: int = 0) -> None:
-        """Adds all elements of `values` (any shape and float dtype, finite)."""
-        flat = values.detach().reshape(-1)
-        for start in range(0, flat.shape[0], _SORTED_AT_ONCE):
-            chunk = flat[start : start + _SORTED_AT_ONCE]
-            thinning = max(0, ((self.count + chunk.shape[0]) // _KEPT_PER_DOUBLING).bit_length() - 1)
-            whole = chunk.shape[0] >> thinning << thinning
-            super().add(self._draw(chunk[:whole], 1 << thinning).float(), weight_level + thinning)
-            super().add(chunk[whole:].float(), weight_level)
+    def add(self, values: Tensor) -> None:
+        super().add(values.detach())
 
     def _draw(self, values: Tensor, stride: int) -> Tensor:
-        """A random one of every `stride` neighbours."""
         if stride == 1:
             return values
         if self._generator is None or self._generator.device != values.device:
@@ -59,7 +41,7 @@ class TorchQuantileSketch(QuantileSketch):
 
     def _sort(self, chunks: list[Any]) -> Tensor:
         device = chunks[0].device
-        merged = torch.cat([chunk.reshape(-1).to(device) for chunk in chunks])
+        merged = torch.cat([chunk.reshape(-1).to(device, torch.float32) for chunk in chunks])
         if device.type == "cpu":  # torch sorts indices along, numpy only the values, ten times as fast
             return torch.from_numpy(np.sort(merged.numpy()))
         return merged.sort().values
@@ -110,6 +92,11 @@ class TorchActivationStatistics(ActivationStatistics):
         if self._device_scale is None or self._device_scale.device != activations.device:
             self._device_scale = torch.tensor(self._criterion.scale, device=activations.device)
         return (activations.float() - float(self._criterion.mode)).abs() * self._device_scale
+
+    @property
+    def all_zero(self) -> bool:
+        self._read()
+        return super().all_zero
 
     def solve(self, estimator: Estimator, sparsity: float) -> Criterion:
         """See ActivationStatistics.

@@ -17,16 +17,17 @@ import openvino as ov
 from ...core.config import DenseLayers
 from ...core.parameters import SCAPParameters
 from ...errors import SCAPError
-from ..backend import read_parameters
 from ..extension.build import build_extension
 from ..extension.nodes import OPSET
 from ..extension.packing import BufferPool, is_fast_for_dense_int4
-from ..graph import group_by_input
+from ..graph import FullyConnected, group_by_input
 from ..mapped_files import MappedFiles
-from ..threshold_ops import find_threshold_ops
+from ..parameters import read_parameters
+from ..threshold_ops import find_threshold_ops, match_threshold_ops
+from ..weights import is_integer
 from .ffn import fuse_feed_forwards
 from .layer import BlockKind, FusedLayer, Workshop, prepare
-from .linear import fuse_dense_int4, fuse_linear_layers
+from .linear import fuse_dense_layers, fuse_linear_layers
 
 
 __all__ = ["FusionReport", "fuse", "is_operation", "set_precision"]
@@ -93,7 +94,12 @@ def fuse(
     if dense_int4 and dense_layers != "stock":
         sites = None if parameters is None or dense_layers == "all" else parameters.sites
         among = None if sites is None else {path for site in sites for path in site}
-        report.dense = fuse_dense_int4(model, workshop, among)
+
+        def accepts(layer: FullyConnected) -> bool:
+            named = among is None or layer.path in among
+            return named and match_threshold_ops(layer) is None and is_integer(layer, (4,))
+
+        report.dense = fuse_dense_layers(model, workshop, accepts)
     model.validate_nodes_and_infer_types()
     return report
 

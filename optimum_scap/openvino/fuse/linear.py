@@ -1,14 +1,12 @@
-"""Layers over one input as one SCAPLinear: pruned ones, and dense ones of 4-bit weights."""
+"""Layers over one input as one SCAPLinear: pruned ones, and dense ones."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable
 
 import openvino as ov
 
 from ..extension.nodes import create_linear
-from ..graph import find_fully_connected, group_by_input
-from ..threshold_ops import match_threshold_ops
-from ..weights import is_int4
+from ..graph import FullyConnected, find_fully_connected, group_by_input
 from .layer import Group, Workshop, output_and_bias, redirect
 
 
@@ -34,13 +32,13 @@ def fuse_linear_layers(groups: list[Group], workshop: Workshop) -> tuple[list[st
     return [layer.path for group in groups for layer in group], []
 
 
-def fuse_dense_int4(model: ov.Model, workshop: Workshop, among: Collection[str] | None) -> list[str]:
-    """Puts the operation, with a threshold of 0, in the place of dense layers of 4-bit weights.
+def fuse_dense_layers(model: ov.Model, workshop: Workshop, accepts: Callable[[FullyConnected], bool]) -> list[str]:
+    """Puts the operation, with a threshold of 0, in the place of fully connected layers.
 
     Args:
         model: the model; changed in place.
         workshop: what makes the operations.
-        among: the module paths of layers that may be replaced; None for all.
+        accepts: which of the layers that the operation can compute.
 
     Returns:
         The module paths of the layers that were replaced.
@@ -48,11 +46,9 @@ def fuse_dense_int4(model: ov.Model, workshop: Workshop, among: Collection[str] 
     candidates = [
         layer
         for layer in find_fully_connected(model)
-        if (among is None or layer.path in among)
-        and {layer.activations.get_element_type(), layer.node.get_output_element_type(0)} == {ov.Type.f32}
+        if {layer.activations.get_element_type(), layer.node.get_output_element_type(0)} == {ov.Type.f32}
         and not layer.quantizers
-        and match_threshold_ops(layer) is None
-        and is_int4(layer)
+        and accepts(layer)
     ]
     fused = []
     for group in group_by_input(candidates):
