@@ -17,7 +17,7 @@ from optimum_scap.openvino.fuse import fuse
 from optimum_scap.openvino.graph import find_fully_connected
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
-from optimum_scap.openvino.weights import is_int4
+from optimum_scap.openvino.weights import is_integer
 
 
 SPEC = "up=0.4,gate=0.4,down=0.6"
@@ -104,7 +104,9 @@ def test_dense_layers_of_int4_weights_use_the_operation_too(weights: str, bias: 
     portable = sparsify_activations(compressed(gated_ffn(bias=bias), weights), "down=0.5", data)
     fused = portable.clone()
     report = fuse(fused, precision="f32", dense_int4=True)
-    expected = {layer.path for layer in find_fully_connected(portable) if layer.role != "down" and is_int4(layer)}
+    expected = {
+        layer.path for layer in find_fully_connected(portable) if layer.role != "down" and is_integer(layer, (4,))
+    }
     assert set(report.dense) == expected and len(report.fused) == 2
     if weights == "mixed":
         assert 0 < len(expected) < 4
