@@ -9,6 +9,7 @@ from optimum_scap import sparsify_activations
 from optimum_scap.openvino import fast_passes
 from optimum_scap.openvino.backend import measure_sparsity, read_parameters
 from optimum_scap.openvino.extension.build import ExtensionBuildError
+from optimum_scap.openvino.inference import EXACT
 
 
 def kinds(model: ov.Model) -> list[str]:
@@ -44,10 +45,10 @@ def test_the_same_thresholds(monkeypatch: pytest.MonkeyPatch, weights: str, spec
 def test_integer_layers_run_as_the_operation_and_float_layers_do_not() -> None:
     model = compressed(gated_ffn(), "int8_sym")
     x = samples(1)[0]["x"]
-    exact = ov.Core().compile_model(model.clone(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({"x": x})[0]
+    exact = ov.Core().compile_model(model.clone(), "CPU", EXACT)({"x": x})[0]
     fast_passes.speed_up(model)
     assert kinds(model) == 4 * ["SCAPLinear"]  # gate and up are one
-    found = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({"x": x})[0]
+    found = ov.Core().compile_model(model, "CPU", EXACT)({"x": x})[0]
     np.testing.assert_allclose(found, exact, atol=2e-3 * np.abs(exact).max())
     floats = gated_ffn()
     fast_passes.speed_up(floats)
