@@ -10,7 +10,7 @@ import re
 from typing import Literal, get_args
 
 
-Role = Literal["q", "k", "v", "o", "qkv", "up", "gate", "down", "in", "out"]
+Role = Literal["q", "k", "v", "o", "qkv", "up", "gate", "down", "in", "out", "head"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 FFN_ROLES: tuple[Role, ...] = ("up", "gate", "down")
@@ -73,6 +73,8 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
     ),
     "in": ("mixer.in_proj", "mamba.in_proj"),
     "out": ("mixer.out_proj", "mamba.out_proj"),
+    # What computes the logits: in small models a quarter of all that a token reads, and the most sensitive layer.
+    "head": ("lm_head", "embed_out", "output_layer"),  # embed_out: GPT-NeoX, output_layer: ChatGLM
 }
 
 _TAIL_TO_ROLE: dict[tuple[str, ...], Role] = {

@@ -1,5 +1,6 @@
 """Puts parameters on a torch model: layers of it prune their inputs, blocks run theirs together."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -46,6 +47,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
             if reason is not None:
                 raise SCAPError(f"layer {path} cannot be pruned: {reason}")
     check_is_not_quantized(model, parameters)
+    mark_tied(model, [module for modules in found.values() for module in modules])
     for path, modules in found.items():
         criterion, correction = vectors[path]
         for module in modules:
@@ -55,6 +57,13 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
     found.update(find_modules(model, named, missing_is_error=False))
     convert_blocks(model, found, sites, parameters.dense_layers, parameters.sites is not None)
     _attach(unwrap(model), parameters)
+
+
+def mark_tied(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Tells `layers` of `model`, pruned or about to be, which of them share their weights with another module."""
+    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for layer in layers:
+        layer._scap_is_tied = owners[id(layer.weight)] > 1  # type: ignore[assignment]
 
 
 def read_parameters(model: nn.Module) -> SCAPParameters | None:

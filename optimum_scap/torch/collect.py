@@ -34,15 +34,22 @@ class ModelRun:
         model: the model.
         layers: the layers to hook, by module path.
         hooks: what is called with what enters them.
+        all_logits: compute the logits of all tokens, where the model could leave out most of them.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], hooks: Mapping[str, Hook]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        hooks: Mapping[str, Hook],
+        all_logits: bool = False,
+    ) -> None:
         self._model = model
         self._layers = layers
         self._hooks = hooks
         self._stack = ExitStack()
         self._padding: _Padding | None = None
-        self._options = _forward_options(model)
+        self._options = _forward_options(model, all_logits)
         self._names = input_names(model)
         config = getattr(model, "config", None)
         self._encoder_decoder = getattr(config, "is_encoder_decoder", None)
@@ -152,7 +159,7 @@ class TorchCollector(Collector):
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
         self._visit: Visit | None = None
         hooks = {path: self._hook(group, path) for group in groups for path in group.layers}
-        self._run = ModelRun(model, layers, hooks)
+        self._run = ModelRun(model, layers, hooks, _reads_head(model, [layers[path] for path in hooks]))
 
     def __enter__(self) -> "TorchCollector":
         self._run.__enter__()
@@ -195,7 +202,8 @@ class TorchCounter(Counter):
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._add: Add | None = None
-        self._run = ModelRun(model, layers, {path: self._hook(path) for path in layers})
+        hooks = {path: self._hook(path) for path in layers}
+        self._run = ModelRun(model, layers, hooks, _reads_head(model, layers.values()))
 
     def __enter__(self) -> "TorchCounter":
         self._run.__enter__()
@@ -243,13 +251,22 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return next(iter((*args, *kwargs.values())))
 
 
-def _forward_options(model: nn.Module) -> dict[str, Any]:
+def _reads_head(model: Any, modules: Iterable[nn.Module]) -> bool:
+    """Whether what computes the logits is among `modules`."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    return head is not None and any(module is head for module in modules)
+
+
+def _forward_options(model: nn.Module, all_logits: bool) -> dict[str, Any]:
     """Keyword arguments that spare a calibration what it does not need: a cache, and logits of every token."""
     try:
         names = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
         return {}
-    options = {"use_cache": False, "logits_to_keep": 1}
+    options = {"use_cache": False} if all_logits else {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in options.items() if name in names and hasattr(model, "config")}
 
 

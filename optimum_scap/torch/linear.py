@@ -81,6 +81,8 @@ class _PrunedInput:
     _scap_folded_versions: tuple[int, ...]
     # Whether the weights were brought into another order in memory than they had.
     _scap_reordered: bool = False
+    # Whether another module has the very same weights, as an embedding has those of a tied head.
+    _scap_is_tied: bool = False
     # What the block around the layer computes ahead, see `blocks.shared_input`; None where there is no such block.
     scap_given: GivenOutput | None = None
 
@@ -120,6 +122,9 @@ class _PrunedInput:
         weight = self.output_major_weight()
         if wants_input_major(weight):
             if not _is_input_major(weight):
+                if self._scap_is_tied:  # the embedding reads them the other way
+                    self.weight = nn.Parameter(self.weight.detach(), self.weight.requires_grad)
+                    self._scap_is_tied = False
                 self.store_input_major(weight.t().contiguous())
                 self._scap_reordered = True
         elif self._scap_reordered:  # back from a GPU

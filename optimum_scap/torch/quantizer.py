@@ -17,7 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from ..core.parameters import QUANT_METHOD
-from .apply import apply_parameters, pruned_layers
+from .apply import apply_parameters, mark_tied, pruned_layers
 from .linear import VECTORS
 from .quantization_config import SCAPQuantizationConfig, mark_as_float
 
@@ -34,7 +34,9 @@ class SCAPQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
-        for module in pruned_layers(model).values():
+        layers = pruned_layers(model).values()
+        mark_tied(model, layers)
+        for module in layers:
             module.prepare()  # type: ignore[operator]
         mark_as_float(model)
         # With it save_pretrained would ignore the state_dict that it is given, as FSDP and DeepSpeed give it.

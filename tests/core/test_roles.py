@@ -4,7 +4,8 @@ from optimum_scap.core.roles import find_role, module_path
 
 
 ARCHITECTURES = {
-    "llama": {"model.layers.0.self_attn.q_proj": "q", "model.layers.0.mlp.gate_proj": "gate"},
+    "llama": {"model.layers.0.self_attn.q_proj": "q", "model.layers.0.mlp.gate_proj": "gate", "lm_head": "head"},
+    "gpt_neox_head": {"embed_out": "head"},
     "mistral": {"model.layers.31.self_attn.o_proj": "o", "model.layers.31.mlp.down_proj": "down"},
     "qwen3": {"model.layers.3.self_attn.k_proj": "k", "model.layers.3.mlp.up_proj": "up"},
     "gemma3": {"model.language_model.layers.3.mlp.up_proj": "up"},
@@ -69,7 +70,6 @@ def test_a_torch_path_and_its_node_in_the_ir_have_the_same_role(path: str, role:
 @pytest.mark.parametrize(
     "path",
     [
-        "lm_head",
         "model.embed_tokens",
         "model.layers.0.mlp.gate",
         "my_up_proj",

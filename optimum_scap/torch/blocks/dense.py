@@ -32,14 +32,16 @@ class DenseLinear(nn.Linear):
 
 
 def convert_dense_layers(model: nn.Module, only: Container[int] | None) -> None:
-    """Makes the layers of `model` that have a known role and are not pruned DenseLinear, in place.
+    """Makes the layers of `model` that have a known role, but for the head, and are not pruned DenseLinear, in place.
 
     `only`, if given, holds the ids of the modules that may be changed.
     """
     for path, module in model.named_modules():
+        role = find_role(path)
         # accelerate's hooks replace the forward of an instance, and call what they found there
         is_plain = type(module) is nn.Linear and "forward" not in vars(module)
-        if is_plain and find_role(path) is not None and (only is None or id(module) in only):
+        # The head may share its weights with the embedding.
+        if is_plain and role not in (None, "head") and (only is None or id(module) in only):
             module.__class__ = DenseLinear
 
 
