@@ -21,15 +21,15 @@ from ..backend import read_parameters
 from ..extension.build import build_extension
 from ..extension.nodes import OPSET
 from ..extension.packing import BufferPool, is_fast_for_dense_int4
-from ..graph import group_by_input
+from ..graph import FullyConnected, group_by_input
 from ..mapped_files import MappedFiles
 from ..threshold_ops import find_threshold_ops
 from .ffn import fuse_feed_forwards
 from .layer import BlockKind, FusedLayer, Workshop, prepare
-from .linear import fuse_dense_int4, fuse_linear_layers
+from .linear import find_dense_int4, fuse_dense_int4, fuse_linear_layers
 
 
-__all__ = ["FusionReport", "fuse", "is_operation", "set_precision"]
+__all__ = ["FusionReport", "fuse", "is_operation", "replaces_dense_layers", "set_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +87,32 @@ def fuse(
         fused, groups = fuse_blocks(groups, workshop)
         report.fused += fused
     if dense_int4 is None:
-        dense_int4 = precision != "f32" and _generates(model) and is_fast_for_dense_int4(workshop.library)
-    parameters = _parameters(model)
-    dense_layers = dense_layers or (parameters.dense_layers if parameters is not None else "fast")
-    if dense_int4 and dense_layers != "stock":
-        sites = None if parameters is None or dense_layers == "all" else parameters.sites
-        among = None if sites is None else {path for site in sites for path in site}
-        report.dense = fuse_dense_int4(model, workshop, among)
+        dense_int4 = _is_faster_for_dense_int4(model, precision, workshop.library)
+    if dense_int4:
+        report.dense = fuse_dense_int4(_dense_int4_layers(model, dense_layers), workshop)
     model.validate_nodes_and_infer_types()
     return report
+
+
+def replaces_dense_layers(model: ov.Model, *, precision: str, library: Path) -> bool:
+    """Whether `fuse` with these arguments would replace layers of `model` that are not pruned; changes nothing."""
+    if not find_threshold_ops(model) or not _is_faster_for_dense_int4(model, precision, library):
+        return False
+    return bool(_dense_int4_layers(model, None))
+
+
+def _is_faster_for_dense_int4(model: ov.Model, precision: str, library: Path) -> bool:
+    return precision != "f32" and _generates(model) and is_fast_for_dense_int4(library)
+
+
+def _dense_int4_layers(model: ov.Model, dense_layers: DenseLayers | None) -> list[FullyConnected]:
+    """The layers of 4-bit weights that are not pruned and may be replaced."""
+    parameters = _parameters(model)
+    dense_layers = dense_layers or (parameters.dense_layers if parameters is not None else "fast")
+    if dense_layers == "stock":
+        return []
+    sites = None if parameters is None or dense_layers == "all" else parameters.sites
+    return find_dense_int4(model, None if sites is None else {path for site in sites for path in site})
 
 
 def _parameters(model: ov.Model) -> SCAPParameters | None:

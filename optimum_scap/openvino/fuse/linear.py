@@ -1,12 +1,12 @@
 """Layers over one input as one SCAPLinear: pruned ones, and dense ones of 4-bit weights."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import openvino as ov
 
 from ..extension.nodes import create_linear
-from ..graph import find_fully_connected, group_by_input
+from ..graph import FullyConnected, find_fully_connected, group_by_input
 from ..threshold_ops import match_threshold_ops
 from ..weights import is_int4
 from .layer import Group, Workshop, output_and_bias, redirect
@@ -34,18 +34,14 @@ def fuse_linear_layers(groups: list[Group], workshop: Workshop) -> tuple[list[st
     return [layer.path for group in groups for layer in group], []
 
 
-def fuse_dense_int4(model: ov.Model, workshop: Workshop, among: Collection[str] | None) -> list[str]:
-    """Puts the operation, with a threshold of 0, in the place of dense layers of 4-bit weights.
+def find_dense_int4(model: ov.Model, among: Collection[str] | None) -> list[FullyConnected]:
+    """The dense layers of 4-bit weights that the operation can take the place of.
 
     Args:
-        model: the model; changed in place.
-        workshop: what makes the operations.
+        model: the model.
         among: the module paths of layers that may be replaced; None for all.
-
-    Returns:
-        The module paths of the layers that were replaced.
     """
-    candidates = [
+    return [
         layer
         for layer in find_fully_connected(model)
         if (among is None or layer.path in among)
@@ -54,8 +50,16 @@ def fuse_dense_int4(model: ov.Model, workshop: Workshop, among: Collection[str] 
         and match_threshold_ops(layer) is None
         and is_int4(layer)
     ]
+
+
+def fuse_dense_int4(layers: Iterable[FullyConnected], workshop: Workshop) -> list[str]:
+    """Puts the operation, with a threshold of 0, in the place of dense layers of 4-bit weights, in their model.
+
+    Returns:
+        The module paths of the layers that were replaced.
+    """
     fused = []
-    for group in group_by_input(candidates):
+    for group in group_by_input(layers):
         outputs, packed = [], []
         try:
             for layer in group:
