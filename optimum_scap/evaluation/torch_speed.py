@@ -156,7 +156,7 @@ def measure(
             }
             seconds_decode = _timed_steps(device, loop, ids[:, : behind + new_tokens], behind)
             if repeat == 0:
-                memory[name] = (_weight_bytes(loaded[name]) + _peak(device) - before) / 2**20
+                memory[name] = (weight_bytes(loaded[name]) + _peak(device) - before) / 2**20
             if repeat >= warm_up:
                 for length, seconds in seconds_prefill.items():
                     prefill[length][name].append(length / seconds)
@@ -215,7 +215,7 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _weight_bytes(model: torch.nn.Module) -> int:
+def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers; tied ones count once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
