@@ -73,7 +73,7 @@ class RealizedSparsity:
         """`gate 35.0%, up 35.0%, down 55.0%`, or with what was asked for, `gate 34.8% of 35%`."""
         wanted = self.targets if targets else {}
         return ", ".join(
-            f"{role} {value:.1%}" + (f" of {wanted[role]:.3g%}" if role in wanted else "")
+            f"{role} {value:.1%}" + (f" of {100 * wanted[role]:.3g}%" if role in wanted else "")
             for role, value in self.by_role.items()
         )
 
