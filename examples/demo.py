@@ -13,11 +13,13 @@ from pathlib import Path
 from demo_data import write_prose, write_smollm2
 from optimum.intel import OVModelForCausalLM
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
+from optimum_scap.commands.tables import print_report
+from optimum_scap.evaluation.machine import describe_machine
 from optimum_scap.evaluation.perplexity import perplexity, token_samples
-from optimum_scap.openvino.backend import measure_sparsity, read_parameters
+from optimum_scap.evaluation.report import Quantity, Report
+from optimum_scap.evaluation.sparsity import RealizedSparsity, realized_by_openvino
 from optimum_scap.openvino.optimum_intel import quiet_offline_guess
 
 
@@ -42,23 +44,15 @@ def generated(model: OVModelForCausalLM, tokenizer: AutoTokenizer) -> str:
     return tokenizer.decode(tokens[0], skip_special_tokens=True).replace("\n", " ")
 
 
-def sparsity_by_role(model: OVModelForCausalLM, tokenizer: AutoTokenizer, text: str) -> dict[str, tuple[float, float]]:
-    """{role: (target, realised)} on `text`."""
-    parameters = read_parameters(model.model)
-    assert parameters is not None
-    samples = []
-    for ids in token_samples(tokenizer, text, window=256, max_tokens=2048):
-        import torch
+def measured_sparsity(model: OVModelForCausalLM, tokenizer: AutoTokenizer, text: str) -> RealizedSparsity:
+    """What `model` skips on `text`."""
+    import torch
 
-        samples.append(model.prepare_inputs(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64)))
-    realised = measure_sparsity(model.model, samples, len(samples))
-    roles: dict[str, list[tuple[float, float]]] = {}
-    for path, layer in parameters.layers.items():
-        roles.setdefault(layer.role, []).append((layer.target_sparsity, realised[path]))
-    return {
-        role: (sum(target for target, _ in pairs) / len(pairs), sum(value for _, value in pairs) / len(pairs))
-        for role, pairs in roles.items()
-    }
+    samples = [
+        model.prepare_inputs(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64))
+        for ids in token_samples(tokenizer, text, window=256, max_tokens=2048)
+    ]
+    return realized_by_openvino(model.model, samples, len(samples))
 
 
 def main() -> None:
@@ -92,14 +86,18 @@ def main() -> None:
         "INT8 + SCAP": OVModelForCausalLM.from_pretrained(sparse_folder),
     }
     perplexities = {
-        name: perplexity(model, tokenizer, text, max_tokens=EVALUATION_TOKENS) for name, model in models.items()
+        name: (perplexity(model, tokenizer, text, max_tokens=EVALUATION_TOKENS),) for name, model in models.items()
     }
-    table = Table("model", "perplexity (lower is better)", "weights skipped per token: target / realised")
-    roles = sparsity_by_role(models["INT8 + SCAP"], tokenizer, text)
-    skipped = ", ".join(f"{role} {target:.0%} / {realised:.1%}" for role, (target, realised) in roles.items())
-    table.add_row("dense INT8", f"{perplexities['dense INT8']:.2f}", "none")
-    table.add_row("INT8 + SCAP", f"{perplexities['INT8 + SCAP']:.2f}", skipped)
-    console.print(table)
+    quality = Report(
+        machine=describe_machine(),
+        settings={"evaluation_tokens": EVALUATION_TOKENS},
+        contestants={"dense INT8": dense_folder.name, "INT8 + SCAP": sparse_folder.name},
+        baseline="dense INT8",
+        quantities=(Quantity(name="perplexity (lower is better)", values=perplexities),),
+        sparsity={"INT8 + SCAP": measured_sparsity(models["INT8 + SCAP"], tokenizer, text)},
+    )
+    print_report(quality, targets=True)
+    (output / "quality.json").write_text(quality.to_json(), encoding="utf-8")
     console.print(
         "SmolLM2-135M is far more fragile than the 7B models SCAP is made for: what you see here is the hard case.\n"
     )

@@ -10,7 +10,7 @@ from command_line import optimum_cli
 from optimum.commands.export.openvino import OVExportCommand, parse_args_openvino
 
 import optimum_scap
-from optimum_scap.commands.export import extend_openvino_export
+from optimum_scap.commands.export_openvino import extend_openvino_export
 
 
 def test_importing_is_light() -> None:

@@ -5,15 +5,13 @@ with stock optimum-intel. For the SCAP folder: behind how many of a number of pr
 tokens greedily, and its perplexity with OpenVINO's operations and with the C++ ones.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optimum.intel
 import torch
-from machine import describe_machine
+from scaffold import new_parser, write
 from transformers import AutoTokenizer
 
 import optimum_scap
@@ -89,16 +87,15 @@ def equal_continuations(folder: Path, text: str, prompts: int, tokens: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
-    result: dict[str, Any] = {"machine": describe_machine()}
+    result: dict[str, Any] = {}
     for name, folder in (("dense", arguments.dense), ("scap", arguments.sparse)):
         values = differences(folder, text, arguments.tokens)
         result[name] = values
@@ -113,8 +110,7 @@ def main() -> None:
         value = perplexity(model, tokenizer, text, max_tokens=4096)
         result[f"perplexity {package.__name__}"] = value
         print(f"perplexity of SCAP with {package.__name__}: {value:.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, result)
 
 
 if __name__ == "__main__":

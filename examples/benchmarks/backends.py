@@ -8,8 +8,6 @@
 All in f32 on the CPU; prints tables, writes JSON with --json.
 """
 
-import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -23,10 +21,10 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from machine import describe_machine
 from optimum.intel import OVModelForCausalLM
 from rich.console import Console
 from rich.table import Table
+from scaffold import add_texts, new_parser, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_scap import SCAPConfig, sparsify_activations
@@ -38,16 +36,9 @@ from optimum_scap.torch.backend import pruned_layers, read_parameters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="Hugging Face model folder")
-    parser.add_argument("calibration", type=Path, help="text file to calibrate on")
-    parser.add_argument("evaluation", type=Path, help="text file to evaluate on")
-    parser.add_argument("--scap", default="up=0.35,gate=0.35,down=0.55")
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--max-tokens", type=int, default=6144)
+    parser = new_parser(__doc__)
+    add_texts(parser, "Hugging Face model folder", "up=0.35,gate=0.35,down=0.55")
     parser.add_argument("--continuations", type=int, default=6, help="windows whose second half is fed one by one")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -55,7 +46,7 @@ def main() -> None:
     config = SCAPConfig.from_spec(arguments.scap, num_samples=arguments.num_samples, seq_len=arguments.seq_len)
     torch_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     sparsify_activations(torch_model, config, arguments.calibration)
-    result: dict[str, Any] = {"machine": describe_machine(), "scap": arguments.scap, "tokens": arguments.max_tokens}
+    result: dict[str, Any] = {"scap": arguments.scap, "tokens": arguments.max_tokens}
     with tempfile.TemporaryDirectory() as folder:
         calibrated = _export(arguments.model, Path(folder) / "dense")
         sparsify_activations(calibrated, config, arguments.calibration, tokenizer=tokenizer)
@@ -74,8 +65,7 @@ def main() -> None:
         }
     result["continuations"] = _all_against_decode(torch_model, tokenizer, text, arguments.continuations)
     _print(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.json, result)
 
 
 def _export(model: Path, output: Path) -> OVModelForCausalLM:

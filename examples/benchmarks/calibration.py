@@ -3,8 +3,6 @@
 Both are run alternately in one session, as subprocesses; prints the ratio with its spread, writes JSON with --json.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -13,7 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_machine
+from scaffold import new_parser, write
+
+from optimum_scap.evaluation.report import Spread
 
 
 def run(command: list[str]) -> tuple[float, float]:
@@ -29,7 +29,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face model folder")
     parser.add_argument("dataset", type=Path, help="text file to calibrate on")
     parser.add_argument("--weight-format", default="int8")
@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     script = str(Path(sys.executable).with_name("optimum-cli"))
@@ -54,21 +53,15 @@ def main() -> None:
     memory = [scap[1] / plain[1] for plain, scap in zip(runs["dense"], runs["scap"], strict=True)]
     added = [scap[0] - plain[0] for plain, scap in zip(runs["dense"], runs["scap"], strict=True)]
     result = {
-        "machine": describe_machine(),
         "calibration": f"{arguments.num_samples} x {arguments.seq_len} tokens, {arguments.scap}",
         "weight_format": arguments.weight_format,
         "runs (seconds, peak MiB)": runs,
     }
     print(f"{result['calibration']}, {arguments.weight_format}, {arguments.repeats} alternating runs")
-    print(f"time   with SCAP / without: {_spread(seconds)}   (adds {statistics.median(added):.0f} s)")
+    print(f"time   with SCAP / without: {Spread.of(seconds).as_ratio()}   (adds {statistics.median(added):.0f} s)")
     peak = statistics.median(mebibytes for _, mebibytes in runs["scap"])
-    print(f"memory with SCAP / without: {_spread(memory)}   (peak {peak:.0f} MiB)")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f}x [{min(values):.2f}, {max(values):.2f}]"
+    print(f"memory with SCAP / without: {Spread.of(memory).as_ratio()}   (peak {peak:.0f} MiB)")
+    write(arguments.json, result)
 
 
 if __name__ == "__main__":

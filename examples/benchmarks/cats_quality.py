@@ -6,24 +6,22 @@ threshold per layer, calibrated like SCAP's behind layers that are sparse alread
 JSON with --json.
 """
 
-import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
+from scaffold import add_texts, new_parser, write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_scap import SCAPConfig, sparsify_activations
 from optimum_scap.data.text import token_windows
 from optimum_scap.evaluation.perplexity import perplexity, token_samples
-from optimum_scap.torch.backend import measure_sparsity, pruned_layers
+from optimum_scap.evaluation.sparsity import realized_by_torch
 
 
 class CatsFeedForward(nn.Module):
@@ -49,16 +47,9 @@ class CatsFeedForward(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="Hugging Face model folder, with gated FFNs")
-    parser.add_argument("calibration", type=Path, help="text file to calibrate on")
-    parser.add_argument("evaluation", type=Path, help="text file to evaluate on")
-    parser.add_argument("--scap", action="append", help="specification; repeat for several")
+    parser = new_parser(__doc__)
+    add_texts(parser, "Hugging Face model folder, with gated FFNs")
     parser.add_argument("--cats", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--max-tokens", type=int, default=6144)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -100,9 +91,7 @@ def main() -> None:
         values = (f"{found['weights skipped']:.1%}", f"{found['perplexity']:.2f}", f"{equal:.1%}" if equal else "")
         table.add_row(found["method"], found["setting"], *values)
     Console(width=120).print(table)
-    if arguments.json:
-        result = {"machine": describe_machine(), "tokens": arguments.max_tokens, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.json, {"tokens": arguments.max_tokens, "rows": rows})
 
 
 def _load(folder: Path) -> Any:
@@ -122,9 +111,9 @@ def _install_cats(model: nn.Module, sparsity: float) -> list[CatsFeedForward]:
 
 
 def _skipped_by_scap(model: Any, samples: list[np.ndarray]) -> float:
-    realised = measure_sparsity(model, [{"input_ids": torch.from_numpy(ids)} for ids in samples])
-    sizes = {path: module.weight.numel() for path, module in pruned_layers(model).items()}
-    return sum(realised[path] * sizes[path] for path in realised) / sum(sizes.values())
+    overall = realized_by_torch(model, [{"input_ids": torch.from_numpy(ids)} for ids in samples]).overall
+    assert overall is not None
+    return overall
 
 
 def _interpolate(points: list[tuple[float, float]], perplexity: float) -> float | None:

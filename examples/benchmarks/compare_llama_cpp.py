@@ -4,18 +4,17 @@ Needs `llama-cpp-python`, `gguf` and `openvino-genai`. Without --gguf a Llama-sh
 shape that openvino_decode.py exports, is written beside the results: Q8_0 or Q4_0, 8.5 and 4.5 bits per weight.
 """
 
-import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from machine import describe_machine
 from openvino_decode import LLAMA_1B
+from scaffold import new_parser, write
 
+from optimum_scap.evaluation.report import Spread
 from optimum_scap.folders import fuse_folder
 from optimum_scap.openvino.extension.build import build_extension
 
@@ -109,14 +108,13 @@ def run_openvino_genai(folder: Path, ids: list[int], new_tokens: int, extensions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
     parser.add_argument("--gguf", type=Path, help="GGUF of the same model and bits")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=8, help="of the GGUF that is written")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     ids = np.random.default_rng(0).integers(100, 20000, PROMPT_TOKENS).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -138,10 +136,8 @@ def main() -> None:
                 if repeat:
                     speeds[name].append(speed)
     for name, values in speeds.items():
-        print(f"{name}: {statistics.median(values):.1f} tokens/s [{min(values):.1f}, {max(values):.1f}]")
-    if arguments.json:
-        document = {"machine": describe_machine(), "decode tokens/s": speeds}
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        print(f"{name}: {Spread.of(values)} tokens/s")
+    write(arguments.json, {"decode tokens/s": speeds})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optimum_scap.core.parameters import LayerParameters
+from optimum_scap.core.roles import OTHER
+from optimum_scap.evaluation.sparsity import LayerSparsity, RealizedSparsity
 
 
 # The largest blocks that the kernels are tuned over. They read columns past a weight's last, and the kernel for `down`
@@ -99,6 +101,10 @@ class CatsFeedForward(nn.Module):
         self.kernels = kernels
         self.threshold = 0.0
 
+    def skippable_weights(self) -> int:
+        """The number of weights that can be skipped: those of `up` and `down`, as `gate` is read whole."""
+        return self.up_proj.weight.numel() + self.down_weight.numel()
+
     def compared(self, x: Tensor) -> Tensor:
         """What the threshold is compared with."""
         return self.act_fn(self.gate_proj(x))
@@ -123,7 +129,11 @@ class ReferenceLinear(nn.Module):
             raise SystemExit(f"the kernel needs a multiple of {DOWN_ROWS} input channels: {dense.in_features}")
         self.weight = _input_major(dense.weight)
         self.kernel = kernel
-        self.role, self.threshold = parameters.role, parameters.threshold
+        self.role, self.threshold = parameters.role or OTHER, parameters.threshold
+
+    def skippable_weights(self) -> int:
+        """The number of weights that can be skipped."""
+        return self.weight.numel()
 
     def compared(self, x: Tensor) -> Tensor:
         """What the threshold is compared with."""
@@ -166,16 +176,18 @@ def install_reference(model: nn.Module, kernels: CatsKernels, layers: Mapping[st
     _forward(model, torch.zeros((1, 1), dtype=torch.long, device=embeddings.weight.device))
 
 
-def pruned_fractions(model: nn.Module, ids: Tensor) -> dict[str, float]:
-    """{role: fraction pruned} by the baseline layers of `model` on the tokens `ids` [1, tokens]."""
-    found: dict[str, list[float]] = {}
+def pruned_fractions(model: nn.Module, ids: Tensor) -> RealizedSparsity:
+    """What the baseline layers of `model` skip on the tokens `ids` [1, tokens]; of CATS, fractions of the neurons."""
+    found: dict[str, LayerSparsity] = {}
+    paths = {module: path for path, module in model.named_modules()}
 
     def count(layer: Any, args: tuple[Tensor]) -> None:
         pruned = layer.compared(args[0]).abs() <= layer.threshold
-        found.setdefault(layer.role, []).append(float(pruned.float().mean()))
+        skipped = float(pruned.float().mean())
+        found[paths[layer]] = LayerSparsity(layer.role, layer.skippable_weights(), skipped)
 
     _forward(model, ids, count)
-    return {role: sum(values) / len(values) for role, values in found.items()}
+    return RealizedSparsity(found)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ graph; `--generate` measures transformers' own `generate(cache_implementation="s
 specification.
 
 A sparse model also runs q, k and v of attention in one launch, whether they are pruned or not, and attention that it
-leaves dense through a kernel of ours. What that gives by itself is a row of its own: a dense model with nothing else.
+leaves dense through a kernel of ours. What is left of the speed-up with stock dense layers is a column of its own, and
+so is what those kernels give by themselves: a dense model with nothing else.
 
 `--cats` adds CATS, on the Triton kernels of its authors, at the sparsity that costs as much quality as SCAP's first
 specification; `--reference` adds the reference's method, threshold masks and one of those kernels in float32 without
@@ -15,7 +16,6 @@ compilation, beside the dense model run in the same way.
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
@@ -23,16 +23,19 @@ from typing import Any
 
 import torch
 from gpu_baselines import CatsKernels, install_cats, install_reference, load_cats, pruned_fractions
-from machine import describe_machine
 from random_models import SHAPES, random_llama
-from rich.console import Console
-from rich.table import Table
+from scaffold import new_parser, write
+from torch import nn
 
 from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.commands.tables import print_report
 from optimum_scap.core.parameters import LayerParameters
-from optimum_scap.evaluation.torch_speed import DecodeLoop, realised_sparsity
+from optimum_scap.evaluation.machine import describe_machine
+from optimum_scap.evaluation.report import Quantity, Report
+from optimum_scap.evaluation.sparsity import RealizedSparsity, realized_by_torch
+from optimum_scap.evaluation.torch_speed import DecodeLoop, weight_bytes
 from optimum_scap.torch.backend import read_parameters
-from optimum_scap.torch.blocks import run_dense_layers_together
+from optimum_scap.torch.blocks import has_replaced_dense_layers, run_dense_layers_together
 
 
 SPECS = {
@@ -47,7 +50,7 @@ DENSE_FLOAT32, REFERENCE = "dense, float32, not compiled", "reference's method, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--scap", action="append", help="specification; repeat for several")
@@ -70,7 +73,6 @@ def main() -> None:
         "docs/results/cats-quality-smollm2-f32.json, measured on SmolLM2-135M)",
     )
     parser.add_argument("--reference", action="store_true", help="measure the reference's method too (needs --cats)")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.reference and arguments.cats is None:
         parser.error("--reference runs on the kernels of CATS: say where they are with --cats")
@@ -81,95 +83,110 @@ def main() -> None:
     ids = torch.randint(32000, (1, arguments.prompt_tokens + arguments.new_tokens), generator=generator).to(device)
     # as long as what is measured: over random tokens the output of attention shrinks with their number
     calibration = [{"input_ids": torch.randint(32000, (1, ids.shape[1]), generator=generator)} for _ in range(4)]
-    result: dict[str, Any] = {
-        "machine": describe_machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "model": f"{arguments.shape}, random weights, {arguments.dtype}",
-        "prompt tokens": arguments.prompt_tokens,
-        "new tokens": arguments.new_tokens,
-        "prefill tok/s": {},
-        "decode tok/s": {},
-        "generate tok/s": {},
-        "weights MiB": {},
-        "realised sparsity": {},
-    }
     specs = {spec: spec for spec in arguments.scap} if arguments.scap else SPECS
     ours = next(iter(specs))
-    thresholds = _measure_models(result, specs, kernels, calibration, ids, arguments)
-    _print_table(result, list(result["decode tok/s"]), DENSE)
+    report, thresholds = _measure_models(specs, kernels, calibration, ids, arguments)
+    print_report(report)
+    result: dict[str, Any] = {"report": report.model_dump(mode="json")}
     if kernels:
-        result["at equal quality"] = _compare_at_equal_quality(result, ours, arguments.cats_sparsity)
-    _write(result, arguments.json)  # in case that what follows is cut off
+        result["at equal quality"] = _compare_at_equal_quality(report, ours, arguments.cats_sparsity)
+    gpu = device.type == "cuda"
+    write(arguments.json, result, gpu=gpu)  # in case that what follows is cut off
     if arguments.reference:
         _release()
-        _measure_reference(result, kernels, thresholds[ours], ids, arguments)
-        _print_table(result, [DENSE_FLOAT32, REFERENCE], DENSE_FLOAT32)
-        decode = result["decode tok/s"]
-        ratio = statistics.median(decode[ours]) / statistics.median(decode[REFERENCE])
+        reference = _measure_reference(kernels, thresholds[ours], ids, arguments)
+        print_report(reference)
+        speeds = report.quantity("decode").values[ours], reference.quantity("decode").values[REFERENCE]
+        ratio = statistics.median(speeds[0]) / statistics.median(speeds[1])
+        result["reference"] = reference.model_dump(mode="json")
         result["SCAP over the reference's method"] = ratio
         print(f"SCAP, {ours}, decodes {ratio:.2f} times as fast as the reference's method")
-        _write(result, arguments.json)
+        write(arguments.json, result, gpu=gpu)
 
 
 def _measure_models(
-    result: dict[str, Any],
     specs: dict[str, str],
     kernels: CatsKernels | None,
     calibration: list[dict[str, torch.Tensor]],
     ids: torch.Tensor,
     arguments: argparse.Namespace,
-) -> dict[str, dict[str, LayerParameters]]:
-    """Fills `result`; what was calibrated, by name of the specification and path of the layer, outlives the models."""
+) -> tuple[Report, dict[str, dict[str, LayerParameters]]]:
+    """The report; and what was calibrated, by name of the specification and path of the layer."""
     device, dtype = ids.device, getattr(torch, arguments.dtype)
-    memory, sparsity = result["weights MiB"], result["realised sparsity"]
+    sparsity: dict[str, RealizedSparsity] = {}
     models: dict[str, Any] = {}
     thresholds: dict[str, dict[str, LayerParameters]] = {}
     for name in (DENSE, ATTENTION, *specs, *([CATS] if kernels else [])):
-        before = _allocated(device)
-        model = models[name] = random_llama(arguments.shape, device, dtype)
+        model = random_llama(arguments.shape, device, dtype)
         if name in (ATTENTION, CATS):
             for block in model.model.layers:
                 run_dense_layers_together(block.self_attn)
         if name in specs:
             sparsify_activations(model, SCAPConfig.from_spec(specs[name]), calibration)
-            sparsity[name] = realised_sparsity(model, ids)
+            sparsity[name] = realized_by_torch(model, [{"input_ids": ids}])
             parameters = read_parameters(model)
             assert parameters is not None
             thresholds[name] = parameters.layers
+            if has_replaced_dense_layers(model):
+                twin = models[f"{name}, dense layers stock"] = random_llama(arguments.shape, device, dtype)
+                sparsify_activations(twin, parameters.model_copy(update={"dense_layers": "stock"}))
+                _share_weights(model, twin)
         elif kernels and name == CATS:
             samples = torch.cat([sample["input_ids"] for sample in calibration]).to(device)
             install_cats(model, kernels, arguments.cats_sparsity, samples)
             sparsity[name] = pruned_fractions(model, ids)
-        memory[name] = (_allocated(device) - before) / 2**20
-    _take_turns(result, models, ids, arguments.prompt_tokens, arguments.repeats, not arguments.eager)
+        models[name] = model
+    quantities = _take_turns(models, ids, arguments.prompt_tokens, arguments.repeats, not arguments.eager)
     if arguments.generate:
         chosen = {name: models[name] for name in (DENSE, next(iter(specs)))}
-        result["generate tok/s"] = _measure_generate(chosen, ids[:, :32], device, arguments)
-    return thresholds
+        quantities.append(_row("generate", "tokens/s", _measure_generate(chosen, ids[:, :32], device, arguments)))
+    return _report(models, quantities, sparsity, DENSE, arguments), thresholds
+
+
+def _share_weights(model: nn.Module, twin: nn.Module) -> None:
+    """Has `twin` read the weights of `model`, which has the same in the same order: one copy in memory."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(twin.get_submodule(path), name, parameter)
 
 
 def _measure_reference(
-    result: dict[str, Any],
-    kernels: Any,
-    thresholds: dict[str, LayerParameters],
-    ids: torch.Tensor,
-    arguments: argparse.Namespace,
-) -> None:
+    kernels: Any, thresholds: dict[str, LayerParameters], ids: torch.Tensor, arguments: argparse.Namespace
+) -> Report:
     models: dict[str, Any] = {}
     for name in (DENSE_FLOAT32, REFERENCE):
-        before = _allocated(ids.device)
         models[name] = random_llama(arguments.shape, ids.device, torch.float32)
-        if name == REFERENCE:
-            install_reference(models[name], kernels, thresholds)
-            result["realised sparsity"][name] = pruned_fractions(models[name], ids)
-        result["weights MiB"][name] = (_allocated(ids.device) - before) / 2**20
-    _take_turns(result, models, ids, arguments.prompt_tokens, REFERENCE_REPEATS, compiled=False)
+    install_reference(models[REFERENCE], kernels, thresholds)
+    sparsity = {REFERENCE: pruned_fractions(models[REFERENCE], ids)}
+    quantities = _take_turns(models, ids, arguments.prompt_tokens, REFERENCE_REPEATS, compiled=False)
+    return _report(models, quantities, sparsity, DENSE_FLOAT32, arguments)
 
 
-def _take_turns(
-    result: dict[str, Any], models: dict[str, Any], ids: torch.Tensor, split: int, repeats: int, compiled: bool
-) -> None:
-    """Adds the speeds of `models`: prefill of `split` tokens of `ids` [1, tokens], then the others one by one."""
+def _report(
+    models: dict[str, Any],
+    quantities: list[Quantity],
+    sparsity: dict[str, RealizedSparsity],
+    baseline: str,
+    arguments: argparse.Namespace,
+) -> Report:
+    weights = {name: [weight_bytes(model) / 2**20] for name, model in models.items()}
+    names = ("prompt_tokens", "new_tokens", "repeats", "eager")
+    return Report(
+        machine=describe_machine(gpu=torch.cuda.is_available()),
+        settings={name: getattr(arguments, name) for name in names},
+        contestants=dict.fromkeys(models, f"{arguments.shape}, random weights, {arguments.dtype}"),
+        baseline=baseline,
+        quantities=(*quantities, _row("weights", "MiB", weights)),
+        sparsity=sparsity,
+    )
+
+
+def _row(name: str, unit: str, values: dict[str, list[float]]) -> Quantity:
+    return Quantity(name=name, unit=unit, values={key: tuple(found) for key, found in values.items()})
+
+
+def _take_turns(models: dict[str, Any], ids: torch.Tensor, split: int, repeats: int, compiled: bool) -> list[Quantity]:
+    """The speeds of `models`: prefill of `split` tokens of `ids` [1, tokens], then the others one by one."""
     device = ids.device
     loops = {name: DecodeLoop(model, ids.shape[1], compiled) for name, model in models.items()}
     prefill: dict[str, list[float]] = {name: [] for name in models}
@@ -184,14 +201,14 @@ def _take_turns(
             seconds = _timed(device, lambda loop=loop: _steps(loop, ids, split))
             if repeat >= WARM_UP:
                 decode[name].append((ids.shape[1] - split) / seconds)
-    result["prefill tok/s"] |= prefill
-    result["decode tok/s"] |= decode
+    return [_row("decode", "tokens/s", decode), _row(f"prefill of {split} tokens", "tokens/s", prefill)]
 
 
-def _compare_at_equal_quality(result: dict[str, Any], ours: str, cats_sparsity: float) -> dict[str, Any]:
+def _compare_at_equal_quality(report: Report, ours: str, cats_sparsity: float) -> dict[str, Any]:
     """The speed-ups of SCAP and CATS over the dense model with the same attention; prints them."""
-    decode = result["decode tok/s"]
-    speedup = {name: statistics.median(_ratios(decode[name], decode[ATTENTION])) for name in (ours, CATS)}
+    decode = report.quantity("decode")
+    ratios = {name: decode.ratio(name, ATTENTION) for name in (ours, CATS)}
+    speedup = {name: ratio.median for name, ratio in ratios.items() if ratio is not None}
     # None where CATS gains nothing that could be divided by
     ratio = (speedup[ours] - 1) / (speedup[CATS] - 1) if speedup[CATS] > 1 else None
     print(f"SCAP, {ours}: {speedup[ours]:.3f}x of {ATTENTION}; CATS, {cats_sparsity:.1%}: {speedup[CATS]:.3f}x")
@@ -203,30 +220,6 @@ def _compare_at_equal_quality(result: dict[str, Any], ours: str, cats_sparsity: 
         "CATS decode vs dense with the same attention": speedup[CATS],
         "additional speed-up, SCAP over CATS": ratio,
     }
-
-
-def _print_table(result: dict[str, Any], names: list[str], dense: str) -> None:
-    """One row for each of `names`, with its speed over that of `dense` in the same turns."""
-    prefill, decode, generate = (result[f"{phase} tok/s"] for phase in ("prefill", "decode", "generate"))
-    columns = [f"prefill of {result['prompt tokens']} tok/s", "prefill vs dense", "decode tok/s", "decode vs dense"]
-    columns += ["generate tok/s", "generate vs dense"] if generate else []
-    table = Table("model", *columns, "weights MiB", "skipped")
-    for name in names:
-        cells = [_spread(prefill[name]), _spread(_ratios(prefill[name], prefill[dense]))]
-        cells += [_spread(decode[name]), _spread(_ratios(decode[name], decode[dense]))]
-        if generate:
-            measured = name in generate
-            cells += [_spread(generate[name]) if measured else ""]
-            cells += [_spread(_ratios(generate[name], generate[dense])) if measured else ""]
-        skipped = result["realised sparsity"].get(name, {})
-        roles = ", ".join(f"{role} {value:.1%}" for role, value in skipped.items())
-        table.add_row(name, *cells, f"{result['weights MiB'][name]:.0f}", roles)
-    Console(width=240).print(table)
-
-
-def _write(result: dict[str, Any], file: Path | None) -> None:
-    if file:
-        file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _release() -> None:
@@ -273,18 +266,6 @@ def _timed(device: torch.device, run: Any) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _ratios(values: list[float], dense: list[float]) -> list[float]:
-    return [value / other for value, other in zip(values, dense, strict=True)]
-
-
-def _allocated(device: torch.device) -> float:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else float("nan")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
 
 
 if __name__ == "__main__":

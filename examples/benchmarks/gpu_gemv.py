@@ -1,14 +1,12 @@
 """One-token sparse linear layers on a GPU, beside cuBLAS and, where there are checkouts of them, other kernels.
 
-    python examples/benchmarks/gpu_gemv.py --output gemv.json [--teal path/to/TEAL] [--cats path/to/CATS]
+    python examples/benchmarks/gpu_gemv.py --json gemv.json [--teal path/to/TEAL] [--cats path/to/CATS]
 
 Every figure is the median time of one launch in a CUDA graph that walks through more weights than the L2 cache holds,
 with a new random input for each. `ideal` is the time it takes to read the weights of the kept channels (of a pair: of
 both layers) at the bandwidth of a large copy on the same GPU.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import types
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 import triton
 from gpu_baselines import load_file
-from machine import describe_machine
+from scaffold import new_parser, write
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -170,8 +168,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16", "bfloat16"]
@@ -191,15 +188,9 @@ def main() -> None:
         bandwidth = copy_bandwidth(pool)
         rows += measure(pool, shapes, arguments.sparsities, others, bandwidth)
         del memory, pool
-    gpu = {
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda or torch.version.hip,
-        "triton": triton.__version__,
-        "copy_bandwidth": f"{bandwidth / 1e12:.2f} TB/s",
-    }
-    print(gpu)
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": describe_machine() | gpu, "rows": rows}, indent=1))
+    copy = f"{bandwidth / 1e12:.2f} TB/s"
+    print(f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, a copy moves {copy}")
+    write(arguments.json, {"copy_bandwidth": copy, "rows": rows}, gpu=True)
 
 
 if __name__ == "__main__":

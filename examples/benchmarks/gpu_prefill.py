@@ -6,19 +6,20 @@ Random weights, dense and sparse models in turn. Short prompts wait for the host
 another; the GPU's own time, the sum over its kernels by torch's profiler, does not depend on it.
 """
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpu_decode import SPECS
-from machine import describe_machine
 from random_models import SHAPES, random_llama
+from scaffold import new_parser, write
 from torch.profiler import ProfilerActivity, profile
 
 from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap.commands.tables import print_report
+from optimum_scap.evaluation.machine import describe_machine
+from optimum_scap.evaluation.report import Quantity, Report
 from optimum_scap.evaluation.torch_speed import DecodeLoop
 
 
@@ -26,7 +27,7 @@ PROFILED = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
@@ -43,19 +44,30 @@ def main() -> None:
         if spec:
             sparsify_activations(model, SCAPConfig.from_spec(spec), calibration)
         loops[name] = DecodeLoop(model, ids.shape[1], compiled=False)
-    print(describe_machine() | ({"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}))
+    gpu = device.type == "cuda"
+    quantities = []
     for tokens in arguments.tokens:
         prompt = ids[:, :tokens]
-        seconds: dict[str, list[float]] = {name: [] for name in loops}
-        for _ in range(arguments.repeats + 2):
+        speeds: dict[str, list[float]] = {name: [] for name in loops}
+        for repeat in range(arguments.repeats + 2):
             for name, loop in loops.items():
-                seconds[name].append(timed(device, lambda loop=loop, prompt=prompt: loop(prompt, 0)))
-        for name, loop in loops.items():
-            ratios = [dense / own for dense, own in zip(seconds["dense"][2:], seconds[name][2:], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            milliseconds = 1000 * statistics.median(seconds[name])
-            line = f"{tokens} tokens, {name}: {milliseconds:.2f} ms, {middle:.3f}x of dense [{low:.3f}, {high:.3f}]"
-            print(f"{line}; the GPU's own time {gpu_time(loop, prompt):.2f} ms" if device.type == "cuda" else line)
+                seconds = timed(device, lambda loop=loop, prompt=prompt: loop(prompt, 0))
+                if repeat >= 2:
+                    speeds[name].append(tokens / seconds)
+        clock = {name: tuple(values) for name, values in speeds.items()}
+        quantities.append(Quantity(name=f"prefill of {tokens} tokens", unit="tokens/s", values=clock, quartiles=True))
+        if gpu:
+            own = {name: (gpu_time(loop, prompt),) for name, loop in loops.items()}
+            quantities.append(Quantity(name=f"the GPU's own time, {tokens} tokens", unit="ms", values=own))
+    report = Report(
+        machine=describe_machine(gpu=gpu),
+        settings={"shape": arguments.shape, "dtype": arguments.dtype, "repeats": arguments.repeats},
+        contestants={"dense": "random weights", **SPECS},
+        baseline="dense",
+        quantities=tuple(quantities),
+    )
+    print_report(report)
+    write(arguments.json, report)
 
 
 def timed(device: torch.device, run: Callable[[], Any]) -> float:

@@ -5,17 +5,15 @@ what the weights are, and thresholds are calibrated, so the sparsity is real. Pr
 JSON with --json.
 """
 
-import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from machine import describe_machine
+from scaffold import new_parser, write
 
-from optimum_scap.commands.tables import print_benchmark
-from optimum_scap.evaluation.speed import as_json, measure, realised_sparsity
+from optimum_scap.commands.tables import print_report
+from optimum_scap.evaluation.speed import SCAP, measure, openvino_contestants, realized_sparsity, report_of
 
 
 LLAMA_1B = {
@@ -66,7 +64,7 @@ def calibration_text(path: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("work", type=Path, help="folder for models; what is there is used again")
     parser.add_argument("--model", type=Path, help="Hugging Face model folder instead of a random one")
     parser.add_argument("--dataset", type=Path, help="text file to calibrate on, with --model")
@@ -74,7 +72,6 @@ def main() -> None:
     parser.add_argument("--weight-format", action="append", choices=FORMATS, help="repeat for several (default: both)")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.model or random_llama(arguments.work / "llama-1b")
@@ -87,18 +84,14 @@ def main() -> None:
         if not sparse.exists():
             calibration = ["--scap-dataset", dataset, "--scap-num-samples", 4, "--scap-seq-len", 128]
             run("scap", "apply", dense, sparse, "--scap", arguments.scap, *calibration)
-        measured = measure(
-            {"dense": (dense, False), "SCAP": (sparse, True)},
-            prompt_tokens=arguments.prompt_tokens,
-            repeats=arguments.repeats,
-        )
-        sparsity = realised_sparsity(sparse)
+        contestants = openvino_contestants(sparse, dense, portable=False)
+        settings = {"prompt_tokens": arguments.prompt_tokens, "repeats": arguments.repeats}
+        quantities = measure(contestants, **settings)
+        report = report_of(contestants, quantities, {SCAP: realized_sparsity(sparse)}, settings)
         print(f"{model.name}, {name}, {arguments.scap}")
-        print_benchmark(measured, sparsity)
-        results[name] = {"models": as_json(measured), "realised_sparsity": sparsity}
-    if arguments.json:
-        document = {"machine": describe_machine(), "scap": arguments.scap, "results": results}
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        print_report(report)
+        results[name] = report.model_dump(mode="json")
+    write(arguments.json, {"scap": arguments.scap, "results": results})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ finds, zeroes and maps every page that weights are packed into; `new memory` is 
 memory as `fuse` fills. OpenVINO packs its weights when the first token is computed, ours are packed by `fuse`.
 """
 
-import argparse
 import gc
 import time
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from machine import describe_machine
+from scaffold import new_parser, write
 
+from optimum_scap.evaluation.machine import describe_machine
 from optimum_scap.evaluation.speed import Stepper
 from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.fuse import fuse
@@ -41,12 +41,13 @@ def touch(size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     print(describe_machine())
+    runs = []
     library, precision = build_extension(), preferred_precision()
     core = ov.Core()
     for repeat in range(1, 1 + arguments.repeats):
@@ -73,8 +74,10 @@ def main() -> None:
             read, fused, compile_, token = stages
             line = f"{repeat}. {name}: read {read:.2f}, fuse {fused:.2f}, compile {compile_:.2f}, token {token:.2f} s"
             print(f"{line}; new memory {new_memory[0]:.2f} s" if new_memory else line)
+        runs.append(loads)
         load, whole = (sum(loads["SCAP"][:n]) / sum(loads["dense"][:n]) for n in (3, 4))
         print(f"{repeat}. SCAP over dense: load {load:.2f}x, load and first token {whole:.2f}x")
+    write(arguments.json, {"seconds to read, fuse, compile and for a token": runs})
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ Random weights and tokens of a Llama's shape will do for time and memory; a fold
 Prints a table, writes JSON with --json.
 """
 
-import argparse
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
 from random_models import SHAPES, random_llama
+from scaffold import new_parser, write
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +24,7 @@ from optimum_scap.torch.backend import pruned_layers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, help="folder of a causal language model; by default random weights")
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b", help="shape of the random model")
     parser.add_argument("--scap", default="up=0.35,gate=0.35,down=0.55")
@@ -35,7 +33,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of ours; the last one's thresholds are compared")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -68,8 +65,7 @@ def main() -> None:
         device, lambda: _calibrate_like_the_reference(model, config, ids.to(device), thresholds, misses)
     )
     result: dict[str, Any] = {
-        "machine": describe_machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device.type,
         "model": str(arguments.model.name) if arguments.model else f"{arguments.shape}, random weights",
         "dtype": arguments.dtype,
         "calibration": f"{arguments.num_samples} x {arguments.seq_len} tokens, {arguments.scap}",
@@ -83,8 +79,7 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name}: {value}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.json, result, gpu=device.type == "cuda")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """`optimum-cli scap benchmark`: a sparse model side by side with the dense one, on this machine."""
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from .errors import errors_for_humans
 
 
 if TYPE_CHECKING:
-    from ..evaluation.speed import Measurement
+    from ..evaluation.report import Report
 
 
 class SCAPBenchmarkCommand(BaseOptimumCLICommand):
@@ -45,7 +44,7 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
         with errors_for_humans("optimum-cli scap benchmark"):
             from ..folders import read_folder_parameters
             from ..torch.checkpoint import is_torch_folder
-            from .tables import print_benchmark
+            from .tables import print_report
 
             for name, values in (
                 ("--prompt-tokens", args.prompt_tokens),
@@ -58,38 +57,35 @@ class SCAPBenchmarkCommand(BaseOptimumCLICommand):
                 raise SCAPError(f"--json: the folder of {args.json} does not exist")
             read_folder_parameters(args.model)
             run = _benchmark_torch if is_torch_folder(args.model) else _benchmark_openvino
-            measurements, sparsity = run(args.model, args.baseline, vars_of(args))
-            print_benchmark(measurements, sparsity)
+            report = run(args.model, args.baseline, vars_of(args))
+            print_report(report)
             if args.json is not None:
-                from ..evaluation.speed import as_json
-
-                result = {"models": as_json(measurements), "realised_sparsity": sparsity, "settings": vars_of(args)}
-                args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                args.json.write_text(report.to_json(), encoding="utf-8")
 
 
-def _benchmark_openvino(
-    model: Path, baseline: Path | None, settings: dict[str, Any]
-) -> tuple[list["Measurement"], dict[str, float]]:
-    from ..evaluation.speed import measure, realised_sparsity
+def _benchmark_openvino(model: Path, baseline: Path | None, settings: dict[str, Any]) -> "Report":
+    from ..evaluation.speed import SCAP, measure, openvino_contestants, realized_sparsity, report_of
     from ..openvino.files import check_folder, check_is_portable
 
     for folder in (model, baseline):
         if folder is not None:
+            check_folder(folder)
             check_is_portable(folder)  # the portable operations are measured too
-    models = {"SCAP": (model, True), "SCAP, portable": (model, False)}
-    if baseline is not None:
-        check_folder(baseline)
-        models = {"dense": (baseline, False), **models}
-    return measure(models, **settings), realised_sparsity(model)
+    contestants = openvino_contestants(model, baseline)
+    quantities = measure(contestants, **settings)
+    return report_of(contestants, quantities, {SCAP: realized_sparsity(model)}, settings)
 
 
-def _benchmark_torch(
-    model: Path, baseline: Path | None, settings: dict[str, Any]
-) -> tuple[list["Measurement"], dict[str, float]]:
-    from ..evaluation.torch_speed import measure
+def _benchmark_torch(model: Path, baseline: Path | None, settings: dict[str, Any]) -> "Report":
+    import torch
 
-    # A sparse checkpoint holds the dense model's weights: without a baseline it is compared with that.
-    return measure({"dense": (baseline or model, False), "SCAP": (model, True)}, **settings)
+    from ..evaluation.speed import report_of
+    from ..evaluation.torch_speed import measure, torch_contestants
+
+    gpu = torch.cuda.is_available()
+    contestants = torch_contestants(model, baseline, gpu=gpu)
+    quantities, sparsity = measure(contestants, **settings)
+    return report_of(contestants, quantities, sparsity, settings, gpu=gpu)
 
 
 def vars_of(args: Namespace) -> dict[str, Any]:

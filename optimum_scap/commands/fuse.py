@@ -6,7 +6,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .errors import errors_for_humans
-from .export import FUSED_PRECISION_HELP, FUSED_PRECISIONS, print_fused
+from .export_openvino import FUSED_PRECISION_HELP, FUSED_PRECISIONS, print_fused
 from .staging import check_output, check_output_is_not_model, staged_output
 
 

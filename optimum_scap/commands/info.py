@@ -7,7 +7,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..core.parameters import SCAPParameters
 from .errors import errors_for_humans
-from .export import print_operations
+from .export_openvino import print_operations
 
 
 class SCAPInfoCommand(BaseOptimumCLICommand):

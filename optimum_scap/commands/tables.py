@@ -1,6 +1,6 @@
 """Tables that commands print."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,13 @@ from rich.text import Text
 
 from ..core.parameters import SCAPParameters
 from ..errors import printable
-from ..evaluation.sparsity import describe
 
 
 if TYPE_CHECKING:
-    from ..evaluation.speed import Measurement
+    from ..evaluation.report import Report
+
+
+_WIDTH = 140
 
 
 def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> None:
@@ -33,7 +35,7 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
         for path, layer in found.layers.items():
             table.add_row(
                 _as_it_is(path),
-                layer.role,
+                _as_it_is(found.group(path)),
                 layer.method,
                 f"{layer.mode:.6g}",
                 f"{layer.threshold:.6g}",
@@ -49,40 +51,39 @@ def print_parameters(folder: Path, parameters: Mapping[str, SCAPParameters]) -> 
         )
 
 
-def print_benchmark(measurements: Sequence["Measurement"], sparsity: Mapping[str, float]) -> None:
-    """One row per model; speeds as median [smallest, largest], and against the first model."""
-    first = measurements[0]
-    names = [measurement.name for measurement in measurements]
-    table = _table("model", "decode tok/s", f"vs {first.name}", "peak memory MiB", "load s", "to first token s")
-    for measurement in measurements:
-        table.add_row(
-            _as_it_is(measurement.name),
-            _as_it_is(str(measurement.decode)),
-            f"{measurement.decode.median / first.decode.median:.2f}x",
-            f"{measurement.peak_memory_mib:.0f}",
-            f"{measurement.load_seconds:.1f}",
-            "" if measurement.first_token_seconds is None else f"{measurement.first_token_seconds:.1f}",
-        )
-    prefill = _table(
-        "prefill", *[f"{name}, tok/s" for name in names], *[f"{name} vs {first.name}" for name in names[1:]]
-    )
-    for length, reference in first.prefill.items():
-        prefill.add_row(
-            f"{length} tokens",
-            *[_as_it_is(str(m.prefill[length])) for m in measurements],
-            *[f"{m.prefill[length].median / reference.median:.2f}x" for m in measurements[1:]],
-        )
-    console = Console(width=120)
-    console.print(table)
-    console.print(prefill)
-    console.print(_as_it_is(f"skipped: {describe(sparsity)}"))
+def print_report(report: "Report", *, targets: bool = False) -> None:
+    """One column per contestant, one row per quantity: the values, and below them the ratios to the baseline.
 
-
-def _table(*headers: str) -> Table:
+    Args:
+        report: what was measured.
+        targets: whether to name what sparsity was asked for, beside what was realized.
+    """
     table = Table()
-    for header in headers:
-        table.add_column(_as_it_is(header))
-    return table
+    table.add_column("")
+    for name in report.contestants:
+        table.add_column(_as_it_is(name), justify="right")
+    for quantity in report.quantities:
+        label = quantity.name + (f", {quantity.unit}" if quantity.unit else "")
+        ratios = report.ratios[quantity.name]
+        cells = []
+        for name in report.contestants:
+            spread = quantity.spread(name)
+            lines = [] if spread is None else [str(spread)]
+            lines += [ratios[name].as_ratio()] if name in ratios else []
+            cells.append(Text("\n".join(lines)))
+        table.add_row(_as_it_is(label), *cells)
+    console = Console(width=_WIDTH)
+    console.print(table)
+    console.print(_as_it_is(_legend(report)))
+    for name, sparsity in report.sparsity.items():
+        console.print(_as_it_is(f"{name} skips {sparsity.describe(targets=targets)}"))
+    console.print(_as_it_is(", ".join(f"{key} {value}" for key, value in report.machine.items())))
+
+
+def _legend(report: "Report") -> str:
+    halves = [quantity.quartiles for quantity in report.quantities]
+    around = "quartiles" if all(halves) else "smallest, largest" + (" (of steps: quartiles)" if any(halves) else "")
+    return f"median [{around}]; x: times {report.baseline}, median of the ratios per repeat"
 
 
 def _as_it_is(text: str) -> Text:

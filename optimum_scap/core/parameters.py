@@ -22,6 +22,7 @@ from pydantic import (
 
 from ..errors import SCAPError, printable
 from .config import (
+    PATTERN,
     ApplyTo,
     DenseLayers,
     Estimator,
@@ -31,7 +32,7 @@ from .config import (
     Target,
 )
 from .criterion import Criterion
-from .roles import Role
+from .roles import OTHER, Role
 from .sites import Site, sites_by_name
 
 
@@ -116,7 +117,7 @@ class SCAPParameters(BaseModel):
 
     Args:
         version: of the package that made it.
-        config: what was asked for, with the data that were used; kept as a record, nothing reads it again.
+        config: what was asked for, with the data that were used; kept as a record, which only tables read again.
         apply_to, dense_layers: how the model is run, see SCAPConfig.
         sites: the layers that read one input, by module path; those that the user's patterns exclude are left out.
             None in files of earlier versions.
@@ -153,6 +154,22 @@ class SCAPParameters(BaseModel):
         if self.sites is None:
             return sites_by_name(self.layers)
         return [Site(paths) for paths in self.sites if paths]
+
+    def group(self, path: str) -> str:
+        """Under which name tables show the layer at `path`: its role; without one the `re:PATTERN` of the only target
+        that it can have come from, else `other`.
+        """
+        layer = self.layers[path]
+        if layer.role is not None:
+            return layer.role
+        # Patterns of a file from elsewhere are not run: they could take forever.
+        named = [
+            name
+            for name, target in self.config.targets.items()
+            if name.startswith(PATTERN)
+            and (target.sparsity, target.estimator) == (layer.target_sparsity, layer.estimator)
+        ]
+        return named[0] if len(named) == 1 else OTHER
 
     def criterion(self, path: str) -> Criterion:
         """The criterion of the layer at `path`.

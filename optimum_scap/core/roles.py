@@ -13,6 +13,8 @@ from typing import Literal, get_args
 Role = Literal["q", "k", "v", "o", "qkv", "up", "gate", "down", "in", "out", "head"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
+# What tables call layers of no known role.
+OTHER = "other"
 FFN_ROLES: tuple[Role, ...] = ("up", "gate", "down")
 # Roles whose layers read the same input within a block.
 SHARED_INPUTS: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))

@@ -2,18 +2,21 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+from ..core.config import DenseLayers
+from ..core.parameter_files import checkpoint_parameters
 from ..errors import SCAPError, first_line
-from ..torch.backend import measure_sparsity as measure_by_layer
-from ..torch.backend import pruned_layers
-from .sparsity import by_role
-from .speed import PROMPT, Measurement, Spread, check_length
+from ..torch.apply import apply_parameters
+from ..torch.blocks import has_replaced_dense_layers
+from .report import Quantity
+from .sparsity import RealizedSparsity, realized_by_torch
+from .speed import DENSE, PROMPT, SCAP, STOCK, Contestant, check_length, speed_quantities
 
 
 class DecodeLoop:
@@ -48,8 +51,10 @@ class DecodeLoop:
         ).logits[:, -1]
 
 
-def load(folder: Path, sparse: bool, device: torch.device) -> Any:
+def load(folder: Path, sparse: bool, device: torch.device, *, dense_layers: DenseLayers | None = None) -> Any:
     """The causal language model in `folder` on `device`, or the dense model inside it.
+
+    `dense_layers` is for the former, see `Contestant`.
 
     Raises:
         SCAPError: if it cannot be loaded.
@@ -58,30 +63,66 @@ def load(folder: Path, sparse: bool, device: torch.device) -> Any:
         config = AutoConfig.from_pretrained(str(folder))
         if not sparse and hasattr(config, "quantization_config"):
             del config.quantization_config
+        elif sparse and dense_layers is not None:
+            config.quantization_config = {**config.quantization_config, "dense_layers": dense_layers}
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), config=config, dtype="auto")
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise SCAPError(f"model folder {folder} cannot be loaded for text generation: {first_line(error)}") from error
 
 
+def torch_contestants(model: Path, baseline: Path | None = None, *, gpu: bool) -> dict[str, Contestant]:
+    """Who is compared when the sparse PyTorch checkpoint `model` is measured, by name.
+
+    Args:
+        model: its folder.
+        baseline: the folder of the dense model, by default the checkpoint itself, which holds its weights.
+        gpu: whether it runs on a GPU: elsewhere dense layers are what they were.
+    """
+    found = {DENSE: Contestant(baseline or model, fast=False)}
+    if gpu and _replaces_dense_layers(model):  # what is left of the speed-up without is a column of its own
+        found[STOCK] = Contestant(model, fast=True, dense_layers="stock")
+    return found | {SCAP: Contestant(model, fast=True)}
+
+
+def _replaces_dense_layers(folder: Path) -> bool:
+    """Whether dense layers of the checkpoint in `folder` run through a kernel of ours: tried on a model of no weights.
+
+    Raises:
+        SCAPError: if there is no such model.
+    """
+    parameters = checkpoint_parameters(folder)
+    if parameters is None:
+        return False
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SCAPError(f"model folder {folder} cannot be loaded for text generation: {first_line(error)}") from error
+    apply_parameters(model, parameters, from_checkpoint=True)
+    return has_replaced_dense_layers(model)
+
+
 def measure(
-    models: dict[str, tuple[Path, bool]],
+    contestants: Mapping[str, Contestant],
     *,
     prompt_tokens: Sequence[int] = (128,),
     new_tokens: int = 64,
     repeats: int = 5,
-) -> tuple[list[Measurement], dict[str, float]]:
+) -> tuple[list[Quantity], dict[str, RealizedSparsity]]:
     """Measures models side by side on the GPU, or on the CPU where there is none.
 
     Args:
-        models: folder and whether to run it sparse, by name; all of them must fit on the device together.
+        contestants: by name; all of them must fit on the device together.
         prompt_tokens: tokens per prefill, one or several lengths.
         new_tokens: tokens decoded one by one behind the first of them.
         repeats: how often; models take turns.
 
     Returns:
-        The measurements, and {role: fraction of input channels skipped} of the last sparse model on text that the
-        first model generates.
+        Decode and prefill, peak memory and the time to load; and what the last sparse contestant skips on text that
+        the first one generates.
 
     Raises:
         SCAPError: if a folder cannot be measured.
@@ -93,17 +134,17 @@ def measure(
     loops: dict[str, DecodeLoop] = {}
     usage: dict[str, float] = {}
     memory: dict[str, float] = {}
-    for name, (folder, sparse) in models.items():
+    for name, contestant in contestants.items():
         started = time.perf_counter()
-        loaded[name] = load(folder, sparse, device)
+        loaded[name] = load(contestant.folder, contestant.fast, device, dense_layers=contestant.dense_layers)
         check_length(name, loaded[name], longest)
         _synchronize(device)
         usage[name] = time.perf_counter() - started
         loops[name] = DecodeLoop(loaded[name], longest, device.type == "cuda")
-    first_folder = next(iter(models.values()))[0]
-    ids = _generate(next(iter(loaded.values())), first_folder, longest)
-    prefill: dict[str, dict[int, list[float]]] = {name: {length: [] for length in prompt_tokens} for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
+    first = next(iter(contestants))
+    ids = _generate(loaded[first], contestants[first].folder, longest)
+    prefill: dict[int, dict[str, list[float]]] = {length: {name: [] for name in loaded} for length in prompt_tokens}
+    decode: dict[str, list[float]] = {name: [] for name in loaded}
     warm_up = 3 if device.type == "cuda" else 1  # compiling, recording the graph, and a run of it
     for repeat in range(repeats + warm_up):
         for name, loop in loops.items():
@@ -115,34 +156,17 @@ def measure(
             }
             seconds_decode = _timed_steps(device, loop, ids[:, : behind + new_tokens], behind)
             if repeat == 0:
-                memory[name] = (_weight_bytes(loaded[name]) + _peak(device) - before) / 2**20
+                memory[name] = (weight_bytes(loaded[name]) + _peak(device) - before) / 2**20
             if repeat >= warm_up:
                 for length, seconds in seconds_prefill.items():
-                    prefill[name][length].append(length / seconds)
+                    prefill[length][name].append(length / seconds)
                 decode[name].append(new_tokens / seconds_decode)
-    sparsity = {}
-    for name, (_, sparse) in models.items():
-        if sparse:
-            sparsity = realised_sparsity(loaded[name], ids)
-    measurements = [
-        Measurement(
-            name,
-            folder.name,
-            {length: Spread.of(values) for length, values in prefill[name].items()},
-            Spread.of(decode[name]),
-            memory[name],
-            usage[name],
-        )
-        for name, (folder, _) in models.items()
+    sparse = [name for name, contestant in contestants.items() if contestant.fast][-1:]
+    quantities = speed_quantities(prefill, decode) + [
+        Quantity(name=row, unit=unit, values={name: (value,) for name, value in found.items()})
+        for row, unit, found in (("peak memory", "MiB", memory), ("load", "s", usage))
     ]
-    return measurements, sparsity
-
-
-def realised_sparsity(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """{role: fraction of input channels skipped} of a sparse model on the tokens `ids` [1, tokens]."""
-    layers: dict[str, Any] = dict(pruned_layers(model))
-    roles = {path: layer.scap_parameters.role for path, layer in layers.items()}
-    return by_role(measure_by_layer(model, [{"input_ids": ids}]), roles)
+    return quantities, {name: realized_by_torch(loaded[name], [{"input_ids": ids}]) for name in sparse}
 
 
 def _generate(model: Any, folder: Path, tokens: int) -> torch.Tensor:
@@ -191,7 +215,7 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _weight_bytes(model: torch.nn.Module) -> int:
+def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers; tied ones count once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()

@@ -11,7 +11,7 @@ import openvino as ov
 from .extension.build import ExtensionBuildError, build_extension
 from .extension.packing import BufferPool, is_fast_for_dense_int4
 from .fuse.layer import Workshop
-from .fuse.linear import fuse_dense_layers
+from .fuse.linear import find_dense_layers, fuse_dense_layers
 from .mapped_files import MappedFiles
 from .weights import is_integer
 
@@ -31,6 +31,6 @@ def speed_up(model: ov.Model) -> None:
         return
     if is_fast_for_dense_int4(library):
         workshop = Workshop(library, "split", BufferPool(), MappedFiles())
-        fused = fuse_dense_layers(model, workshop, is_integer)
+        fused = fuse_dense_layers(find_dense_layers(model, is_integer), workshop)
         logger.debug("calibration runs %d layers as SCAPLinear", len(fused))
         model.validate_nodes_and_infer_types()

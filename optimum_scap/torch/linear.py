@@ -227,8 +227,9 @@ class _PrunedInput:
 
     def extra_repr(self) -> str:
         parameters = self.scap_parameters
+        role = "" if parameters.role is None else f"role={parameters.role}, "
         return (
-            f"{super().extra_repr()}, role={parameters.role}, mode={parameters.mode:.4g}, "  # type: ignore[misc]
+            f"{super().extra_repr()}, {role}mode={parameters.mode:.4g}, "  # type: ignore[misc]
             f"threshold={parameters.threshold:.4g}, target_sparsity={parameters.target_sparsity:.3g}"
         )
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from optimum_scap import SCAPConfig, SCAPError, load_parameters, sparsify_activations
 from optimum_scap.data.text import token_windows
+from optimum_scap.evaluation.report import Report
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 from optimum_scap.torch.backend import measure_sparsity, pruned_layers
@@ -409,9 +410,21 @@ def test_benchmark_and_tune(sparse_torch: Path, tmp_path: Path) -> None:
     result = optimum_cli("scap", "benchmark", sparse_torch, *size, "--json", tmp_path / "speed.json")
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "speed.json").read_text())
-    assert [model["name"] for model in found["models"]] == ["dense", "SCAP"]
-    assert all(model["decode"]["median"] > 0 and model["peak_memory_mib"] > 400 for model in found["models"])
-    assert found["realised_sparsity"]["up"] == pytest.approx(0.35, abs=0.1)
+    report = Report.model_validate(found)
+    on_gpu = torch.cuda.is_available()  # elsewhere dense layers are what they were
+    names = ["dense", *(["SCAP, dense layers stock"] if on_gpu else []), "SCAP"]
+    assert list(report.contestants) == names and report.baseline == "dense"
+    assert [quantity.name for quantity in report.quantities] == [
+        "decode",
+        "prefill of 16 tokens",
+        "peak memory",
+        "load",
+    ]
+    for quantity in report.quantities:
+        assert list(quantity.values) == names and all(value > 0 for (value,) in quantity.values.values())
+    assert all(value > 400 for (value,) in report.quantity("peak memory").values.values())
+    assert report.sparsity["SCAP"].by_role["up"] == pytest.approx(0.35, abs=0.1)
+    assert ("gpu" in report.machine) == on_gpu and report.settings["repeats"] == 1
     # one launch for gate and up, one for down
     assert kernel_shapes(sparse_torch) == {torch.float32: {(576, (1536, 1536)), (1536, (576,))}}
     if not torch.cuda.is_available():

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import nncf
 import numpy as np
 import openvino as ov
 import optimum.intel
@@ -17,8 +18,12 @@ from settled import is_settled
 from transformers import AutoTokenizer
 
 import optimum_scap
+from optimum_scap.evaluation.report import Report
+from optimum_scap.evaluation.speed import load, openvino_contestants
 from optimum_scap.openvino.extension.build import build_extension, find_compiler, openvino_flags
+from optimum_scap.openvino.extension.packing import is_fast_for_dense_int4
 from optimum_scap.openvino.inference import EXACT
+from optimum_scap.openvino.modeling import preferred_precision
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 
 
@@ -33,6 +38,10 @@ def assert_every_token_is_close(found: torch.Tensor, expected: torch.Tensor) -> 
 def compiled_operations(request) -> set[str]:
     compiled = request.get_compiled_model() if hasattr(request, "get_compiled_model") else request
     return {node.get_friendly_name().rpartition("/")[2] for node in compiled.get_runtime_model().get_ops()}
+
+
+def count_operations(request, kind: str) -> int:
+    return sum(name.startswith(kind) for name in compiled_operations(request))
 
 
 def test_it_is_a_drop_in_and_saves_the_portable_model(sparse_int8: Path, tmp_path: Path) -> None:
@@ -202,17 +211,56 @@ def test_benchmark_prints_and_writes_what_it_measured(tiny: Path, tmp_path: Path
         *("--prompt-tokens", "16", "4", "--new-tokens", "8", "--repeats", "2"),
     )
     assert result.returncode == 0, result.stderr
-    measured = json.loads((tmp_path / "result.json").read_text())
-    assert [model["name"] for model in measured["models"]] == ["dense", "SCAP", "SCAP, portable"]
-    for model in measured["models"]:
-        assert 0 < model["decode"]["smallest"] <= model["decode"]["median"] <= model["decode"]["largest"]
-        assert model["prefill"].keys() == {"16", "4"}
-        assert model["peak_memory_mib"] > 100
-        assert 0 < model["load_seconds"] < model["first_token_seconds"]
-        assert model["name"] in result.stdout
-    assert measured["realised_sparsity"]["down"] == pytest.approx(0.5, abs=0.05)
+    measured = Report.model_validate_json((tmp_path / "result.json").read_text())
+    # no layer has 4-bit weights: without a column for dense layers
+    assert list(measured.contestants) == ["dense", "SCAP", "SCAP, portable"] and measured.baseline == "dense"
+    rows = ["decode", "prefill of 16 tokens", "prefill of 4 tokens", "peak memory", "load", "load and first token"]
+    assert [quantity.name for quantity in measured.quantities] == rows
+    for name in measured.contestants:
+        assert len(measured.quantity("decode").values[name]) == 2 and name in result.stdout
+        assert measured.quantity("peak memory").values[name][0] > 100
+        load_seconds, with_token = (measured.quantity(row).values[name][0] for row in rows[-2:])
+        assert 0 < load_seconds < with_token
+    sparsity = measured.sparsity["SCAP"]
+    assert sparsity.by_role["down"] == pytest.approx(0.5, abs=0.05) and len(sparsity.layers) == 6
+    assert f"cores {measured.machine['cores']}" in result.stdout
+    assert measured.settings == {"prompt_tokens": [16, 4], "new_tokens": 8, "repeats": 2}
     refused = optimum_cli("scap", "benchmark", tiny / "dense")
     assert refused.returncode == 1 and "the model is dense" in refused.stderr
+
+
+def test_benchmark_shows_what_stock_dense_layers_leave_of_the_speed_up(tiny: Path, tmp_path: Path) -> None:
+    """Attention's layers of 4-bit weights run through the operation, too, where that is faster."""
+    for name, option in (("fast", "fast"), ("stock", "stock")):
+        model = optimum.intel.OVModelForCausalLM.from_pretrained(tiny / "dense", compile=False)
+        model.model = nncf.compress_weights(
+            model.model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, all_layers=True
+        )
+        config = optimum_scap.SCAPConfig.from_spec("0.5", dense_layers=option)
+        ids = torch.arange(64)[None]
+        optimum_scap.sparsify_activations(model, config, [model.prepare_inputs(ids, torch.ones_like(ids))])
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny / "dense").save_pretrained(tmp_path / name)
+    is_fast = is_fast_for_dense_int4(build_extension()) and preferred_precision() != "f32"
+    column = ["SCAP, dense layers stock"] if is_fast else []
+    assert list(openvino_contestants(tmp_path / "stock")) == ["SCAP", "SCAP, portable"]
+    assert list(openvino_contestants(tmp_path / "fast", portable=False)) == [*column, "SCAP"]
+    result = optimum_cli(
+        *("scap", "benchmark", tmp_path / "fast", "--baseline", tiny / "dense", "--json", tmp_path / "result.json"),
+        *("--prompt-tokens", "4", "--new-tokens", "4", "--repeats", "1"),
+    )
+    assert result.returncode == 0, result.stderr
+    measured = Report.model_validate_json((tmp_path / "result.json").read_text())
+    assert list(measured.contestants) == ["dense", *column, "SCAP", "SCAP, portable"]
+    assert measured.ratios["decode"].keys() == {*column, "SCAP", "SCAP, portable"}
+
+    counts = {
+        dense_layers: count_operations(load(tmp_path / "fast", True, dense_layers=dense_layers).request, "SCAPLinear")
+        for dense_layers in ("stock", None)
+    }
+    assert counts["stock"] == 0 and (counts[None] > 0) == is_fast  # FFNs are SCAPFeedForward
+    stock = load(tmp_path / "fast", False, dense_layers="stock")  # optimum-intel's class knows nothing of it
+    assert type(stock) is optimum.intel.OVModelForCausalLM
 
 
 def test_a_dense_folder_cannot_be_fused(dense_int8: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from optimum_scap.core.parameters import LayerParameters
+from optimum_scap.evaluation.report import Report
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -55,7 +56,7 @@ def test_cats_prunes_the_wanted_neurons_and_one_token_gives_what_several_give(
     gate, up, down = (getattr(dense, name).weight.detach().clone() for name in ("gate_proj", "up_proj", "down_proj"))
     ids = torch.randint(32000, (2, 64), device=device)
     baselines.install_cats(model, baselines.load_cats(checkout), 0.4, ids)
-    assert baselines.pruned_fractions(model, ids)["neurons"] == pytest.approx(0.4, abs=1e-3)
+    assert baselines.pruned_fractions(model, ids).by_role["neurons"] == pytest.approx(0.4, abs=1e-3)
 
     block = model.model.layers[1].mlp
     x = torch.randn(1, 2, 1024)
@@ -89,15 +90,14 @@ def test_the_benchmark_compares_with_both(checkout: Path, tmp_path: Path, monkey
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     reference = "reference's method, float32, not compiled"
-    assert set(found["decode tok/s"]) == {
-        "dense",
-        "up=0.35,gate=0.35,down=0.55",
-        "dense, attention as in SCAP",
-        "CATS, attention as in SCAP",
-        "dense, float32, not compiled",
-        reference,
-    }
-    assert found["realised sparsity"]["CATS, attention as in SCAP"]["neurons"] == pytest.approx(0.377, abs=0.02)
-    assert found["realised sparsity"][reference]["down"] == pytest.approx(0.55, abs=0.02)
+    report, beside = (Report.model_validate(found[name]) for name in ("report", "reference"))
+    spec = "up=0.35,gate=0.35,down=0.55"
+    names = ["dense", "dense, attention as in SCAP", f"{spec}, dense layers stock", spec, "CATS, attention as in SCAP"]
+    assert list(report.contestants) == names and list(report.quantity("decode").values) == names
+    assert list(beside.contestants) == ["dense, float32, not compiled", reference]
+    sizes = report.quantity("weights").values
+    assert sizes["dense"] == sizes[spec] == sizes[f"{spec}, dense layers stock"]
+    assert report.sparsity["CATS, attention as in SCAP"].by_role["neurons"] == pytest.approx(0.377, abs=0.02)
+    assert beside.sparsity[reference].by_role["down"] == pytest.approx(0.55, abs=0.02)
     assert found["SCAP over the reference's method"] > 0
     assert found["at equal quality"]["CATS decode vs dense with the same attention"] > 0

@@ -2,7 +2,7 @@
 
 from optimum.commands.export.base import ExportCommand
 
-from optimum_scap.commands.export import extend_openvino_export
+from optimum_scap.commands.export_openvino import extend_openvino_export
 from optimum_scap.commands.export_torch import TorchExportCommand
 from optimum_scap.commands.scap import SCAPCommand
 

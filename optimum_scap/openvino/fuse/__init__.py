@@ -27,10 +27,10 @@ from ..threshold_ops import find_threshold_ops, match_threshold_ops
 from ..weights import is_integer
 from .ffn import fuse_feed_forwards
 from .layer import BlockKind, FusedLayer, Workshop, prepare
-from .linear import fuse_dense_layers, fuse_linear_layers
+from .linear import find_dense_layers, fuse_dense_layers, fuse_linear_layers
 
 
-__all__ = ["FusionReport", "fuse", "is_operation", "set_precision"]
+__all__ = ["FusionReport", "fuse", "is_operation", "replaces_dense_layers", "set_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,20 +88,38 @@ def fuse(
         fused, groups = fuse_blocks(groups, workshop)
         report.fused += fused
     if dense_int4 is None:
-        dense_int4 = precision != "f32" and _generates(model) and is_fast_for_dense_int4(workshop.library)
-    parameters = _parameters(model)
-    dense_layers = dense_layers or (parameters.dense_layers if parameters is not None else "fast")
-    if dense_int4 and dense_layers != "stock":
-        sites = None if parameters is None or dense_layers == "all" else parameters.sites
-        among = None if sites is None else {path for site in sites for path in site}
-
-        def accepts(layer: FullyConnected) -> bool:
-            named = among is None or layer.path in among
-            return named and match_threshold_ops(layer) is None and is_integer(layer, (4,))
-
-        report.dense = fuse_dense_layers(model, workshop, accepts)
+        dense_int4 = _is_faster_for_dense_int4(model, precision, workshop.library)
+    if dense_int4:
+        report.dense = fuse_dense_layers(_dense_int4_layers(model, dense_layers), workshop)
     model.validate_nodes_and_infer_types()
     return report
+
+
+def replaces_dense_layers(model: ov.Model, *, precision: str, library: Path) -> bool:
+    """Whether `fuse` with these arguments would replace layers of `model` that are not pruned; changes nothing."""
+    if not find_threshold_ops(model) or not _is_faster_for_dense_int4(model, precision, library):
+        return False
+    return bool(_dense_int4_layers(model, None))
+
+
+def _is_faster_for_dense_int4(model: ov.Model, precision: str, library: Path) -> bool:
+    return precision != "f32" and _generates(model) and is_fast_for_dense_int4(library)
+
+
+def _dense_int4_layers(model: ov.Model, dense_layers: DenseLayers | None) -> list[FullyConnected]:
+    """The layers of 4-bit weights that are not pruned and may be replaced."""
+    parameters = _parameters(model)
+    dense_layers = dense_layers or (parameters.dense_layers if parameters is not None else "fast")
+    if dense_layers == "stock":
+        return []
+    sites = None if parameters is None or dense_layers == "all" else parameters.sites
+    among = None if sites is None else {path for site in sites for path in site}
+
+    def accepts(layer: FullyConnected) -> bool:
+        named = among is None or layer.path in among
+        return named and match_threshold_ops(layer) is None and is_integer(layer, (4,))
+
+    return find_dense_layers(model, accepts)
 
 
 def _parameters(model: ov.Model) -> SCAPParameters | None:

@@ -1,7 +1,7 @@
 """Layers over one input as one SCAPLinear: pruned ones, and dense ones."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import openvino as ov
 
@@ -32,26 +32,30 @@ def fuse_linear_layers(groups: list[Group], workshop: Workshop) -> tuple[list[st
     return [layer.path for group in groups for layer in group], []
 
 
-def fuse_dense_layers(model: ov.Model, workshop: Workshop, accepts: Callable[[FullyConnected], bool]) -> list[str]:
-    """Puts the operation, with a threshold of 0, in the place of fully connected layers.
+def find_dense_layers(model: ov.Model, accepts: Callable[[FullyConnected], bool]) -> list[FullyConnected]:
+    """The fully connected layers that the operation can take the place of, as far as their types go.
 
     Args:
-        model: the model; changed in place.
-        workshop: what makes the operations.
-        accepts: which of the layers that the operation can compute.
-
-    Returns:
-        The module paths of the layers that were replaced.
+        model: the model.
+        accepts: which of them are asked for.
     """
-    candidates = [
+    return [
         layer
         for layer in find_fully_connected(model)
         if {layer.activations.get_element_type(), layer.node.get_output_element_type(0)} == {ov.Type.f32}
         and not layer.quantizers
         and accepts(layer)
     ]
+
+
+def fuse_dense_layers(layers: Iterable[FullyConnected], workshop: Workshop) -> list[str]:
+    """Puts the operation, with a threshold of 0, in the place of fully connected layers, in their model.
+
+    Returns:
+        The module paths of the layers that were replaced; those whose weights it cannot read stay.
+    """
     fused = []
-    for group in group_by_input(candidates):
+    for group in group_by_input(layers):
         outputs, packed = [], []
         try:
             for layer in group:

@@ -71,6 +71,13 @@ def run_dense_layers_together(model: nn.Module) -> None:
     convert_blocks(model, modules, sites_by_name(modules), "all")
 
 
+def has_replaced_dense_layers(model: nn.Module) -> bool:
+    """Whether layers of `model` that are not pruned run, on a GPU, through a kernel of ours."""
+    from .dense import DenseLinear
+
+    return any(isinstance(module, DenseLinear) for module in model.modules())
+
+
 def block_layers(model: nn.Module) -> tuple[dict[str, Layer], list[Site]]:
     """The layers and sites that only their block knows of."""
     layers: dict[str, Layer] = {}
