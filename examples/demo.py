@@ -1,6 +1,7 @@
 """The main job on a real model: one optimum-cli command, then what it cost in quality and what it skips.
 
-Run by `make demo`. Writes to demo-output/ (or the folder given), which a second run uses again.
+Run by `make demo`, with SmolLM2-135M; `make demo-1.5b` does the same with Qwen2.5-Coder-1.5B. Writes to demo-output/
+(or the folder given), which a second run uses again.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from demo_data import write_prose, write_smollm2
+from demo_data import write_prose, write_qwen, write_smollm2
 from optimum.intel import OVModelForCausalLM
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -26,6 +27,9 @@ from optimum_scap.openvino.optimum_intel import quiet_offline_guess
 SPEC = "up=0.35,gate=0.35,down=0.55"
 PROMPT = "The water cycle describes how"
 EVALUATION_TOKENS = 4096
+SMALL_MODEL = (
+    "SmolLM2-135M is far more fragile than the 7B models SCAP is made for: what you see here is the hard case.\n"
+)
 
 console = Console(width=110)
 
@@ -36,6 +40,12 @@ def run(*command: str | Path) -> None:
     result = subprocess.run([str(script), *map(str, command[1:])], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if result.returncode != 0:
         raise SystemExit(result.stderr.decode())
+
+
+def shown(*command: str | Path) -> None:
+    """Runs a command whose output is part of the demo."""
+    if subprocess.run([str(part) for part in command]).returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))} failed")
 
 
 def generated(model: OVModelForCausalLM, tokenizer: AutoTokenizer) -> str:
@@ -58,23 +68,28 @@ def measured_sparsity(model: OVModelForCausalLM, tokenizer: AutoTokenizer, text:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, nargs="?", default=Path("demo-output"))
-    output = parser.parse_args().output
+    parser.add_argument("--qwen", action="store_true", help="the 1.5B model, in INT4")
+    arguments = parser.parse_args()
+    output = arguments.output
     started = time.monotonic()
     quiet_offline_guess()  # make runs offline
-    model_folder = write_smollm2(output / "smollm2-135m")
+    name, bits = ("qwen2.5-coder-1.5b", 4) if arguments.qwen else ("smollm2-135m", 8)
+    model_folder = (write_qwen if arguments.qwen else write_smollm2)(output / name)
     calibration, evaluation = write_prose(output)
-    dense_folder, sparse_folder = output / "smollm2-int8", output / "smollm2-int8-scap"
+    dense_folder, sparse_folder = output / f"{name}-int{bits}", output / f"{name}-int{bits}-scap"
+    weights = ("--weight-format", f"int{bits}", *(("--group-size", "128") if bits == 4 else ()))
+    dense, sparse = f"dense INT{bits}", f"INT{bits} + SCAP"
 
-    console.rule("1. Dense: INT8 weights")
+    console.rule(f"1. Dense: INT{bits} weights")
     if not (dense_folder / "openvino_model.xml").exists():
         shutil.rmtree(dense_folder, ignore_errors=True)
         run(
             *("optimum-cli", "export", "openvino", "-m", model_folder, "--task", "text-generation-with-past"),
-            *("--weight-format", "int8", dense_folder),
+            *(*weights, dense_folder),
         )
-    console.rule("2. Sparse: INT8 weights and SCAP, one command")
+    console.rule(f"2. Sparse: INT{bits} weights and SCAP, one command")
     run(
-        *("optimum-cli", "export", "openvino", "-m", model_folder, "--weight-format", "int8"),
+        *("optimum-cli", "export", "openvino", "-m", model_folder, *weights),
         *("--scap", SPEC, "--scap-dataset", calibration, "--scap-num-samples", "32", sparse_folder),
     )
 
@@ -82,8 +97,8 @@ def main() -> None:
     text = evaluation.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
     models = {
-        "dense INT8": OVModelForCausalLM.from_pretrained(dense_folder),
-        "INT8 + SCAP": OVModelForCausalLM.from_pretrained(sparse_folder),
+        dense: OVModelForCausalLM.from_pretrained(dense_folder),
+        sparse: OVModelForCausalLM.from_pretrained(sparse_folder),
     }
     perplexities = {
         name: (perplexity(model, tokenizer, text, max_tokens=EVALUATION_TOKENS),) for name, model in models.items()
@@ -91,32 +106,22 @@ def main() -> None:
     quality = Report(
         machine=describe_machine(),
         settings={"evaluation_tokens": EVALUATION_TOKENS},
-        contestants={"dense INT8": dense_folder.name, "INT8 + SCAP": sparse_folder.name},
-        baseline="dense INT8",
+        contestants={dense: dense_folder.name, sparse: sparse_folder.name},
+        baseline=dense,
         quantities=(Quantity(name="perplexity (lower is better)", values=perplexities),),
-        sparsity={"INT8 + SCAP": measured_sparsity(models["INT8 + SCAP"], tokenizer, text)},
+        sparsity={sparse: measured_sparsity(models[sparse], tokenizer, text)},
     )
     print_report(quality, targets=True)
     (output / "quality.json").write_text(quality.to_json(), encoding="utf-8")
-    console.print(
-        "SmolLM2-135M is far more fragile than the 7B models SCAP is made for: what you see here is the hard case.\n"
-    )
-    for name, model in models.items():
-        console.print(f"[bold]{name}:[/bold] {generated(model, tokenizer)}\n")
+    console.print("" if arguments.qwen else SMALL_MODEL)
+    for contestant, model in models.items():
+        console.print(f"[bold]{contestant}:[/bold] {generated(model, tokenizer)}\n")
+    models.clear()
     console.rule("4. How fast: the same folder with the C++ operations")
     script = Path(sys.executable).with_name("optimum-cli")
-    benchmark = [
-        script,
-        "scap",
-        "benchmark",
-        sparse_folder,
-        "--baseline",
-        dense_folder,
-        "--json",
-        output / "speed.json",
-    ]
-    if subprocess.run([str(part) for part in benchmark]).returncode != 0:
-        raise SystemExit("optimum-cli scap benchmark failed")
+    shown(script, "scap", "benchmark", sparse_folder, "--baseline", dense_folder, "--json", output / "speed.json")
+    console.rule("5. What larger models would get: one FFN of each on this machine, half of its inputs pruned")
+    shown(sys.executable, Path(__file__).with_name("benchmarks") / "openvino_ffn.py", "--json", output / "ffn.json")
     console.print(f"Sparse model: {sparse_folder}  (dense: {dense_folder})")
     console.print(f"Took {time.monotonic() - started:.0f} s.")
 
