@@ -80,10 +80,9 @@ class RealizedSparsity:
             for role, value in self.by_role.items()
         )
         overall = "" if self.overall is None else f"; {self.overall:.1%} of the weights of pruned layers"
-        miss = (
-            f", largest miss of a target {self.largest_miss:.3f}" if targets and self.largest_miss is not None else ""
-        )
-        return roles + overall + miss
+        if not targets or self.largest_miss is None:
+            return roles + overall
+        return f"{roles}{overall}, largest miss of a target {self.largest_miss:.3f}"
 
     def _means(self, value_of: Any) -> dict[str, float]:
         found: dict[str, list[float]] = {}
