@@ -1,4 +1,7 @@
-"""`optimum-cli scap benchmark`: a sparse model side by side with the dense one, on this machine."""
+"""`optimum-cli scap benchmark`: a sparse model side by side with the dense one, on this machine.
+
+Where dense layers of a sparse model run through operations of ours too, what is left without those is shown beside.
+"""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path

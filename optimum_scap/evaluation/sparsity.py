@@ -70,12 +70,19 @@ class RealizedSparsity:
         return max(misses, default=None)
 
     def describe(self, *, targets: bool = False) -> str:
-        """`gate 35.0%, up 35.0%, down 55.0%`, or with what was asked for, `gate 34.8% of 35%`."""
+        """`gate 35.0%, up 35.0%, down 55.0%; 41.7% of the weights of pruned layers`.
+
+        With `targets` also what was asked for, `gate 34.8% (35%)`, and the largest miss of a layer.
+        """
         wanted = self.targets if targets else {}
-        return ", ".join(
-            f"{role} {value:.1%}" + (f" of {100 * wanted[role]:.3g}%" if role in wanted else "")
+        roles = ", ".join(
+            f"{role} {value:.1%}" + (f" ({100 * wanted[role]:.3g}%)" if role in wanted else "")
             for role, value in self.by_role.items()
         )
+        overall = "" if self.overall is None else f"; {self.overall:.1%} of the weights of pruned layers"
+        if not targets or self.largest_miss is None:
+            return roles + overall
+        return f"{roles}{overall}, largest miss of a target {self.largest_miss:.3f}"
 
     def _means(self, value_of: Any) -> dict[str, float]:
         found: dict[str, list[float]] = {}

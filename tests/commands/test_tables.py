@@ -59,7 +59,7 @@ def report(first: str, second: str) -> Report:
 def test_a_report(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     print_report(report(first="dense", second=name))
     printed = capsys.readouterr().out
-    assert name in printed and f"{name} skips up 50.0%\n" in printed
+    assert name in printed and f"{name} skips up 50.0%; 50.0% of" in printed
     assert "2 [1, 4]" in printed and "5 [2, 8]" in printed and "2.000x [2.000, 2.500]" in printed
     assert "times dense" in printed and "cpu a CPU, cores 2" in printed
 
@@ -73,4 +73,4 @@ def test_columns_are_contestants_and_rows_quantities(capsys: pytest.CaptureFixtu
         ["", "", "2.000x [2.000, 2.500]"],
         ["generate", "", "7"],
     ]
-    assert "SCAP skips up 50.0% of 40%" in printed
+    assert "SCAP skips up 50.0% (40%)" in printed

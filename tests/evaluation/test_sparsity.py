@@ -29,8 +29,10 @@ def test_the_mean_per_role_the_share_of_weights_and_the_largest_miss() -> None:
     assert found.targets == {"up": 0.25, "down": 0.625}
     assert found.overall == (25 + 37.5 + 100 + 75) / 1000
     assert found.largest_miss == 0.125
-    assert found.describe() == "up 31.2%, down 50.0%, other 12.5%"
-    assert found.describe(targets=True) == "up 31.2% of 25%, down 50.0% of 62.5%, other 12.5%"
+    overall = "23.8% of the weights of pruned layers"
+    assert found.describe() == f"up 31.2%, down 50.0%, other 12.5%; {overall}"
+    described = f"up 31.2% (25%), down 50.0% (62.5%), other 12.5%; {overall}, largest miss of a target 0.125"
+    assert found.describe(targets=True) == described
 
 
 def test_nothing_was_skipped() -> None:

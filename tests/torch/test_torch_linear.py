@@ -316,6 +316,8 @@ def test_hooks_and_repr_survive() -> None:
     layer(torch.randn(1, 4))
     assert calls == ["forward"]
     assert "threshold=0.5" in repr(layer) and "in_features=4" in repr(layer)
+    layer.scap_parameters = layer.scap_parameters.model_copy(update={"role": None})
+    assert "role" not in repr(layer) and "None" not in repr(layer)
 
 
 def test_a_whole_model_compiles_and_generates(tmp_path: Path) -> None:
