@@ -1,6 +1,6 @@
 """Tokens per second of a 7B-shaped model on the GPU, dense and sparse in one run.
 
-Random weights; thresholds are calibrated, so that the sparsity is real, and what is realised on the measured tokens is
+Random weights; thresholds are calibrated, so that the sparsity is real, and what is realized on the measured tokens is
 printed. All models take turns in one process. The loop is a static cache and one step of one token, compiled as a CUDA
 graph; `--generate` measures transformers' own `generate(cache_implementation="static")` too, dense and SCAP's first
 specification.

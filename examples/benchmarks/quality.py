@@ -1,4 +1,4 @@
-"""Perplexity and realised sparsity of SCAP at several targets, against the dense model, on held-out text.
+"""Perplexity and realized sparsity of SCAP at several targets, against the dense model, on held-out text.
 
 The protocol of the table in docs/results: windows of 512 tokens, no BOS token, all tokens sparse, calibration and
 evaluation texts that share no passage. Runs at f32 so that only SCAP differs; prints a table, writes JSON with --json.

@@ -39,7 +39,7 @@ class ThresholdOps:
     source: ov.Output  # the activations before pruning
     criterion: Criterion
     decode_only: bool  # whether only forwards of one token per sequence are pruned
-    centred: bool  # whether the layer reads x - mode (the mode is in its bias) rather than x
+    centered: bool  # whether the layer reads x - mode (the mode is in its bias) rather than x
     nodes: frozenset[str]  # names of the operations that read `source`
 
 
@@ -66,9 +66,9 @@ def insert_threshold_ops(layers: Sequence[FullyConnected], criterion: Criterion,
     if mode != 0 and layers[0].quantizers:
         select = _select_mode(source, mode_constant, threshold, scale)
     else:
-        centred = source if mode == 0 else opset.subtract(source, mode_constant).output(0)
-        mask = opset.less_equal(_score(centred, scale), threshold)
-        select = opset.select(mask, opset.constant(np.float32(0.0)), centred)
+        centered = source if mode == 0 else opset.subtract(source, mode_constant).output(0)
+        mask = opset.less_equal(_score(centered, scale), threshold)
+        select = opset.select(mask, opset.constant(np.float32(0.0)), centered)
         if mode != 0:
             for layer in layers:
                 _add_to_bias(layer, mode * evaluate_weights(layer).sum(axis=1, dtype=np.float64))
@@ -129,8 +129,8 @@ def _select_mode(source: ov.Output, mode: ov.Node, threshold: ov.Node, scale: ov
     return opset.select(mask, mode, source)
 
 
-def _score(centred: ov.Output, scale: ov.Node | None) -> ov.Node:
-    magnitude = opset.abs(centred)
+def _score(centered: ov.Output, scale: ov.Node | None) -> ov.Node:
+    magnitude = opset.abs(centered)
     return magnitude if scale is None else opset.multiply(magnitude, scale)
 
 
@@ -180,18 +180,18 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
     threshold, fill_value = (evaluate_constant(value) for value in (threshold_output, fill))
     if threshold.size != 1 or fill_value.size != 1:
         return None
-    centred = magnitude.input_value(0)
-    subtract = centred.get_node()
-    mode, source = np.float32(0.0), centred
+    centered = magnitude.input_value(0)
+    subtract = centered.get_node()
+    mode, source = np.float32(0.0), centered
     # OpenVINO's conversion of a traced model writes x - m as x + (-m).
     sign = {"Subtract": 1, "Add": -1}.get(subtract.get_type_name())
     if sign is not None and is_constant(subtract.input_value(1)):
         mode_value = evaluate_constant(subtract.input_value(1))
         if mode_value.size == 1:
             mode, source = sign * mode_value.reshape(()), subtract.input_value(0)
-    reads_centred = _same(kept, centred) and fill_value.item() == 0
+    reads_centered = _same(kept, centered) and fill_value.item() == 0
     reads_source = _same(kept, source) and fill_value.item() == mode
-    if not reads_centred and not reads_source:
+    if not reads_centered and not reads_source:
         return None
     readers = (select, magnitude, subtract) if shape_of is None else (select, magnitude, subtract, shape_of)
     nodes = frozenset(node.get_name() for node in readers)
@@ -202,7 +202,7 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
         source=source,
         criterion=Criterion(np.float32(mode), np.float32(threshold.item()), scale),
         decode_only=shape_of is not None,
-        centred=reads_centred,
+        centered=reads_centered,
         nodes=nodes,
     )
 
@@ -220,7 +220,7 @@ def _magnitude_and_scale(score: ov.Output, in_features: int) -> tuple[ov.Node, n
     return node, None
 
 
-def _threshold_in_decode(threshold: ov.Output, centred: ov.Output) -> tuple[ov.Output, ov.Node] | None:
+def _threshold_in_decode(threshold: ov.Output, centered: ov.Output) -> tuple[ov.Output, ov.Node] | None:
     """t and the ShapeOf, if `threshold` is Select(tokens == 1, t, 0) and tokens the last dimension but one."""
     select = _skip_conversions(threshold).get_node()
     if select.get_type_name() != "Select":
@@ -238,10 +238,10 @@ def _threshold_in_decode(threshold: ov.Output, centred: ov.Output) -> tuple[ov.O
     if shape_of.get_type_name() != "ShapeOf" or not is_constant(index):
         return None
     # x and x - m have one shape; which of them is asked does not matter.
-    asked, subtract = shape_of.input_value(0), centred.get_node()
-    own = _same(asked, centred) or (bool(subtract.inputs()) and _same(asked, subtract.input_value(0)))
+    asked, subtract = shape_of.input_value(0), centered.get_node()
+    own = _same(asked, centered) or (bool(subtract.inputs()) and _same(asked, subtract.input_value(0)))
     dimension = int(evaluate_constant(index).item())
-    rank = centred.get_partial_shape().rank.get_length()
+    rank = centered.get_partial_shape().rank.get_length()
     is_decode = evaluate_constant(one).item() == 1 and evaluate_constant(otherwise).item() <= 0
     return (in_decode, shape_of) if own and is_decode and dimension in (rank - 2, -2) else None
 

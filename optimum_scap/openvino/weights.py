@@ -118,28 +118,28 @@ def _pack_float(
 def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:
     if node.get_type_name() != "Multiply":
         raise UnsupportedWeightsError(f"weights behind {node.get_type_name()}")
-    centred, scale_node = (_skip(value, "Convert") for value in node.input_values())
+    centered, scale_node = (_skip(value, "Convert") for value in node.input_values())
     if scale_node.get_type_name() != "Constant":
-        centred, scale_node = scale_node, centred
+        centered, scale_node = scale_node, centered
     if scale_node.get_type_name() != "Constant":
         raise UnsupportedWeightsError("scales that are no constant")
     zero_node = None
-    if centred.get_type_name() == "Subtract":
-        centred, zero_node = (_skip(value, "Convert") for value in centred.input_values())
-    if centred.get_type_name() != "Constant":
-        raise UnsupportedWeightsError(f"quantized weights behind {centred.get_type_name()}")
+    if centered.get_type_name() == "Subtract":
+        centered, zero_node = (_skip(value, "Convert") for value in centered.input_values())
+    if centered.get_type_name() != "Constant":
+        raise UnsupportedWeightsError(f"quantized weights behind {centered.get_type_name()}")
 
-    kind = centred.get_output_element_type(0).get_type_name()
+    kind = centered.get_output_element_type(0).get_type_name()
     if kind not in _INTEGERS:
         raise UnsupportedWeightsError(f"quantized weights of type {kind}")
     bits, signed = _INTEGERS[kind]
-    shape = tuple(centred.get_output_shape(0))
+    shape = tuple(centered.get_output_shape(0))
     groups, group_size = _groups(layer, shape)
     nibbles = bits == 4 and layer.in_features % 2 == 0 and not layer.weights_transposed
     if nibbles:
-        q = centred.data.reshape(-1).view(np.uint8).reshape(layer.out_features, layer.in_features // 2)
+        q = centered.data.reshape(-1).view(np.uint8).reshape(layer.out_features, layer.in_features // 2)
     else:
-        q = _output_major(layer, _integers(centred), groups * group_size)
+        q = _output_major(layer, _integers(centered), groups * group_size)
     scale = _parameters(layer, scale_node, shape, groups)
     if scale.dtype not in (np.float16, np.float32):
         raise UnsupportedWeightsError(f"scales of type {scale.dtype}")
@@ -153,7 +153,7 @@ def _read_integers(layer: FullyConnected, node: ov.Node) -> _Integers:
             if (rounded != zero_point).any() or abs(rounded).max() > 255:
                 raise UnsupportedWeightsError("zero points that are no integers")
             zero_point = rounded.astype(np.int16)
-    return _Integers(q, scale, zero_point, bits, signed, group_size if groups > 1 else 0, nibbles, centred.data)
+    return _Integers(q, scale, zero_point, bits, signed, group_size if groups > 1 else 0, nibbles, centered.data)
 
 
 def _groups(layer: FullyConnected, shape: tuple[int, ...]) -> tuple[int, int]:

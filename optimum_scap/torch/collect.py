@@ -241,7 +241,7 @@ class _Padding(Padding):
             return x
         key = (id(rows), x.device)
         if key not in self._indices:
-            # Made on the host, they reach a GPU without synchronisation.
+            # Made on the host, they reach a GPU without synchronization.
             self._indices[key] = torch.from_numpy(rows).to(x.device, non_blocking=True)
         return x.reshape(-1, x.shape[-1]).index_select(0, self._indices[key])
 

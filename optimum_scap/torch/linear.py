@@ -197,8 +197,8 @@ class _PrunedInput:
 
     def _forward_in_exported_form(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operations that an exported OpenVINO IR holds: Abs -> LessEqual -> Select, the mode in the bias."""
-        centred = x if self.scap_mode == 0.0 else x - self.scap_mode
-        score = centred.abs() if self.scap_scale is None else centred.abs() * self.scap_scale
+        centered = x if self.scap_mode == 0.0 else x - self.scap_mode
+        score = centered.abs() if self.scap_scale is None else centered.abs() * self.scap_scale
         threshold: Any = self.scap_threshold
         if self.scap_apply_to == "decode" and x.dim() > 1:  # read from the shape of whatever the export is given
             if self.scap_bias_correction is not None:
@@ -207,7 +207,7 @@ class _PrunedInput:
                 )
             one_token = torch._shape_as_tensor(x)[-2] == 1
             threshold = torch.where(one_token, threshold, 0.0 if self.scap_scale is None else -1.0)
-        pruned = torch.where(score <= threshold, torch.zeros((), dtype=x.dtype), centred)
+        pruned = torch.where(score <= threshold, torch.zeros((), dtype=x.dtype), centered)
         if not self._scap_folds:
             return F.linear(pruned, weight, self.bias)
         assert self.scap_folded_bias is not None

@@ -1,4 +1,4 @@
-"""Streamed statistics of activations that stay on the device where they are: no copy to the host, no synchronisation.
+"""Streamed statistics of activations that stay on the device where they are: no copy to the host, no synchronization.
 
 What is decided along the way (how much to thin out, when to merge) depends on the number of values alone, which the
 host knows; the values themselves are read once, when a pass over the calibration data is over.

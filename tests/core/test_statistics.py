@@ -37,7 +37,7 @@ def fed(values: np.ndarray, batches: int = 50) -> ActivationStatistics:
 
 @pytest.mark.parametrize("mode", ["zero", "mean", "median", "kde"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_thresholds_realise_the_exact_sparsity_within_0_002(name: str, mode: str) -> None:
+def test_thresholds_realize_the_exact_sparsity_within_0_002(name: str, mode: str) -> None:
     values = DISTRIBUTIONS[name].astype(np.float32)
     statistics = fed(values)
     for sparsity in (0.05, 0.35, 0.5, 0.7, 0.9, 0.99):

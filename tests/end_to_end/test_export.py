@@ -70,9 +70,9 @@ def test_sparsity_on_the_calibration_text_is_the_target(sparse_int8: Path, texts
     windows = token_windows(texts[0], tokenizer, 8, 128)
     samples = [decoder_inputs(window["input_ids"]) for window in windows]
     model = ov.Core().read_model(sparse_int8 / "openvino_model.xml")
-    realised = measure_sparsity(model, samples)
+    realized = measure_sparsity(model, samples)
     for path, layer in parameters_of(sparse_int8).layers.items():
-        assert realised[path] == pytest.approx(layer.target_sparsity, abs=0.01), path
+        assert realized[path] == pytest.approx(layer.target_sparsity, abs=0.01), path
 
 
 def decoder_inputs(ids: list[int]) -> dict[str, np.ndarray]:
@@ -202,8 +202,8 @@ def test_an_encoder_can_be_sparsified(texts: tuple[Path, Path], tmp_path: Path) 
     sparsify_activations(model, "up=0.3,down=0.5,o=0.2", data)
     parameters = read_parameters(model.model)
     assert {layer.role for layer in parameters.layers.values()} == {"up", "down", "o"}
-    for path, realised in measure_sparsity(model.model, data).items():
-        assert realised == pytest.approx(parameters.layers[path].target_sparsity, abs=0.01)
+    for path, realized in measure_sparsity(model.model, data).items():
+        assert realized == pytest.approx(parameters.layers[path].target_sparsity, abs=0.01)
 
 
 @pytest.mark.slow

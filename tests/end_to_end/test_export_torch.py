@@ -82,14 +82,14 @@ def fresh_logits(folder: Path, output: Path, imports: str = "import optimum_scap
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_every_layer_realises_its_target(sparse_torch: Path, texts: tuple[Path, Path]) -> None:
+def test_every_layer_realizes_its_target(sparse_torch: Path, texts: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(sparse_torch)
     tokenizer = AutoTokenizer.from_pretrained(sparse_torch)
     assert len(pruned_layers(model)) == 90
     windows = token_windows(texts[0], tokenizer, 8, 128)
-    realised = measure_sparsity(model, [{"input_ids": torch.tensor([window["input_ids"]])} for window in windows])
+    realized = measure_sparsity(model, [{"input_ids": torch.tensor([window["input_ids"]])} for window in windows])
     for path, module in pruned_layers(model).items():
-        assert realised[path] == pytest.approx(module.scap_parameters.target_sparsity, abs=0.01), path
+        assert realized[path] == pytest.approx(module.scap_parameters.target_sparsity, abs=0.01), path
 
 
 def test_fresh_processes_agree_to_the_bit(

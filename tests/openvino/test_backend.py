@@ -24,7 +24,7 @@ def infer(model: ov.Model, sample: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def simulate(dense: ov.Model, parameters, x: np.ndarray) -> np.ndarray:
-    """The SCAP formula in float64 with the dequantised weights of `dense`; masks are decided in float32."""
+    """The SCAP formula in float64 with the dequantized weights of `dense`; masks are decided in float32."""
     layers = named_layers(dense)
 
     def linear(path: str, value: np.ndarray) -> np.ndarray:
@@ -38,8 +38,8 @@ def simulate(dense: ov.Model, parameters, x: np.ndarray) -> np.ndarray:
         if found is None:
             return value @ weights.T + bias
         mode, threshold = np.float32(found.mode), np.float32(found.threshold)
-        centred = value.astype(np.float32) - mode
-        kept = np.where(np.abs(centred) > threshold, centred, np.float32(0)).astype(np.float64)
+        centered = value.astype(np.float32) - mode
+        kept = np.where(np.abs(centered) > threshold, centered, np.float32(0)).astype(np.float64)
         return kept @ weights.T + bias + float(mode) * weights.sum(axis=1)
 
     value = x.astype(np.float64)
@@ -69,14 +69,14 @@ def test_the_sparse_ir_computes_the_formula(weights: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["f32", "int4_asym"])
-def test_every_layer_realises_its_target_with_all_layers_sparse(weights: str) -> None:
+def test_every_layer_realizes_its_target_with_all_layers_sparse(weights: str) -> None:
     data = samples()
     sparse = sparsify_activations(compressed(gated_ffn(), weights), CONFIG, data)
-    realised = measure_sparsity(sparse, data)
+    realized = measure_sparsity(sparse, data)
     parameters = read_parameters(sparse)
-    assert realised.keys() == parameters.layers.keys()
+    assert realized.keys() == parameters.layers.keys()
     for path, layer in parameters.layers.items():
-        assert realised[path] == pytest.approx(layer.target_sparsity, abs=0.01)
+        assert realized[path] == pytest.approx(layer.target_sparsity, abs=0.01)
 
 
 def test_gate_and_up_share_their_ops_unless_their_targets_differ() -> None:
@@ -275,14 +275,14 @@ def test_parameters_survive_saving(tmp_path) -> None:
     ]
 
 
-def test_thresholds_are_recognised_after_compression_to_fp16(tmp_path) -> None:
+def test_thresholds_are_recognized_after_compression_to_fp16(tmp_path) -> None:
     model = sparsify_activations(gated_ffn(), SCAPConfig.from_spec("0.5", mode="median"), samples(offset=1.0))
     ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=True)
     reloaded = ov.Core().read_model(tmp_path / "model.xml")
     assert len(find_threshold_ops(reloaded)) == 6
 
 
-def test_quantised_activations_keep_their_quantisers() -> None:
+def test_quantized_activations_keep_their_quantizers() -> None:
     import nncf
 
     data = samples(count=8, offset=0.4)
@@ -292,8 +292,8 @@ def test_quantised_activations_keep_their_quantisers() -> None:
         assert all(quantizers)
         sparse = sparsify_activations(dense.clone(), SCAPConfig.from_spec("0.3", mode=mode), data)
         assert [len(layer.quantizers) for layer in find_fully_connected(sparse)] == quantizers
-        for path, realised in measure_sparsity(sparse, data).items():
-            assert realised == pytest.approx(0.3, abs=0.01), path
+        for path, realized in measure_sparsity(sparse, data).items():
+            assert realized == pytest.approx(0.3, abs=0.01), path
         reference, result = infer(dense, data[0]), infer(sparse, data[0])
         assert 0 < np.linalg.norm(result - reference) < 0.5 * np.linalg.norm(reference)
 

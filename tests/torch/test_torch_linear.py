@@ -67,9 +67,9 @@ def formula(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """The definition in float64, with the comparison in float32."""
     mode, threshold = layer.scap_mode, layer.scap_threshold
     keep = ~((x.float() - mode).abs() <= threshold)
-    centred = torch.where(keep, x.double() - mode, 0.0)
+    centered = torch.where(keep, x.double() - mode, 0.0)
     weight = layer.output_major_weight().detach().double()
-    y = centred @ weight.T + mode * weight.sum(1)
+    y = centered @ weight.T + mode * weight.sum(1)
     return y if layer.bias is None else y + layer.bias.detach().double()
 
 
@@ -453,7 +453,7 @@ def test_many_rows_compare_as_float32_does(dtype: torch.dtype, threshold: float,
     with torch.no_grad():
         layer.weight.fill_(1.0)
     convert(layer, parameters(0.0, threshold), "all")
-    # the threshold in this dtype, and its neighbours
+    # the threshold in this dtype, and its neighbors
     integer = torch.int32 if dtype == torch.float32 else torch.int16
     near = (torch.tensor(threshold).to(dtype).view(integer) + offset).clamp(min=0).view(dtype)
     x = torch.stack([near, -near, torch.tensor(float("nan"), dtype=dtype, device=near.device)]).repeat(16)[:, None]

@@ -35,8 +35,8 @@ def test_quantiles_of_a_stream_that_is_thinned_out(kind: str) -> None:
         for sparsity in (0.05, 0.35, 0.55, 0.9, 0.99):
             criterion = statistics.solve(method, sparsity)
             mode, threshold = criterion.mode, criterion.threshold
-            realised = np.mean(np.abs(everything - mode) <= threshold)
-            assert realised == pytest.approx(sparsity, abs=0.002)
+            realized = np.mean(np.abs(everything - mode) <= threshold)
+            assert realized == pytest.approx(sparsity, abs=0.002)
     assert np.mean(everything <= statistics.solve("median", 0.5).mode) == pytest.approx(0.5, abs=0.002)
     assert statistics.solve("mean", 0.5).mode == pytest.approx(everything.mean(), abs=1e-3 * float(everything.std()))
 
@@ -100,8 +100,8 @@ def test_the_same_seed_gives_the_same_thresholds() -> None:
     assert answers[0] == answers[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of GPUs")
-def test_no_synchronisation_while_statistics_are_collected() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronization is a matter of GPUs")
+def test_no_synchronization_while_statistics_are_collected() -> None:
     batches = [batch.to(DEVICE) for batch in stream("normal", 20)]
     statistics = TorchActivationStatistics("layer")
     torch.cuda.set_sync_debug_mode("error")

@@ -85,7 +85,7 @@ def prepare(ops: ThresholdOps, workshop: Workshop) -> FusedLayer:
     if ops.source.get_element_type() != ov.Type.f32 or layer.node.get_output_element_type(0) != ov.Type.f32:
         raise UnsupportedWeightsError(f"activations of type {ops.source.get_element_type().get_type_name()}")
     # What is pruned becomes the mode, where the operation makes it zero.
-    output, bias = output_and_bias(layer, 0.0 if ops.centred else float(ops.criterion.mode))
+    output, bias = output_and_bias(layer, 0.0 if ops.centered else float(ops.criterion.mode))
     return FusedLayer(ops, workshop.pack(layer, bias), output)
 
 

@@ -195,15 +195,15 @@ def nncf_pattern(mode: float, threshold: float = 0.5) -> ov.Model:
     rng = np.random.default_rng(5)
     x = opset.parameter([-1, -1, HIDDEN], np.float32, name="x")
     x.output(0).set_names({"x"})
-    centred = opset.subtract(x, opset.constant(np.float32(mode))) if mode else x
-    mask = opset.less_equal(opset.abs(centred), opset.constant(np.float32(threshold)))
+    centered = opset.subtract(x, opset.constant(np.float32(mode))) if mode else x
+    mask = opset.less_equal(opset.abs(centered), opset.constant(np.float32(threshold)))
     fill = opset.constant(np.float32(mode))
     pruned = opset.select(mask, fill, x)
     return ov.Model([opset.result(linear(pruned, HIDDEN, 48, "layers.0.up_proj", rng, False, False))], [x], "nncf")
 
 
 @pytest.mark.parametrize("mode", [0.0, 0.25])
-def test_the_pattern_of_nncf_is_recognised(mode: float) -> None:
+def test_the_pattern_of_nncf_is_recognized(mode: float) -> None:
     portable = nncf_pattern(mode)
     fused = portable.clone()
     assert fuse(fused, precision="f32").fused == ["layers.0.up_proj"]
