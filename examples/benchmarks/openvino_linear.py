@@ -33,9 +33,11 @@ from optimum_scap.openvino.extension.nodes import create_linear
 from optimum_scap.openvino.extension.packing import PackedLayer, pack_integer
 
 
-SHAPES = {"4096x11008": (4096, 11008), "11008x4096": (11008, 4096), "4096x14336": (4096, 14336)}  # in x out
+# in x out: SmolLM2-135M, Qwen2.5-0.5B and -1.5B, Llama-3.2-1B and -3B, Llama-2-7B, Llama-3-8B
+FFNS = ((576, 1536), (896, 4864), (1536, 8960), (2048, 8192), (3072, 8192), (4096, 11008), (4096, 14336))
+SHAPES = {f"{inner}x{outer}": (inner, outer) for ffn in FFNS for inner, outer in (ffn, ffn[::-1])}
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
-GROUP_SIZE = 128
+GROUP_SIZES = (128, 64)
 
 READER = """
 #include <cstdint>
@@ -81,23 +83,22 @@ def sequential_reader():
 class Weights:
     """The same random layer for both sides, copied so that every layer of a model has memory of its own."""
 
-    def __init__(self, in_features: int, out_features: int, bits: int, seed: int = 0):
+    def __init__(self, in_features: int, out_features: int, bits: int, group_size: int, seed: int = 0):
         rng = np.random.default_rng(seed)
-        groups = in_features // GROUP_SIZE if bits == 4 else 1
-        self.bits, self.shape = bits, (out_features, in_features)
+        groups = in_features // group_size if group_size else 1
+        self.bits, self.group_size, self.shape = bits, group_size, (out_features, in_features)
         self.q = rng.integers(0, 1 << bits, self.shape, np.uint8)
         self.scale = (rng.random((out_features, groups)) * 0.01 + 0.001).astype(np.float16)
         zero = np.full((out_features, groups), 1 << (bits - 1), np.uint8)
-        self.packed = pack_integer(
-            self.q, self.scale, zero, bits=bits, signed=False, group_size=GROUP_SIZE if bits == 4 else 0
-        )
+        self.packed = pack_integer(self.q, self.scale, zero, bits=bits, signed=False, group_size=group_size)
         self.nibbles = self.q.reshape(-1)[::2] | self.q.reshape(-1)[1::2] << 4 if bits == 4 else None
 
     def stock(self, x: ov.Output, keep: list) -> ov.Node:
         """The decompression pattern NNCF writes, which the plugin turns into one compressed fully connected layer."""
         out, inn = self.shape
         if self.bits == 4:
-            shape, parameters = [out, inn // GROUP_SIZE, GROUP_SIZE], (out, inn // GROUP_SIZE, 1)
+            groups = inn // self.group_size
+            shape, parameters = [out, groups, self.group_size], (out, groups, 1)
             keep.append(self.nibbles.copy())
             q = ov.op.Constant(ov.Tensor(keep[-1], shape, ov.Type.u4))
         else:
@@ -212,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="IN_X_OUT")
     parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8), default=(8, 4))
+    parser.add_argument("--group-sizes", nargs="+", type=int, default=GROUP_SIZES, help="of INT4")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--stream-mib", type=int, default=768, help="weights per model; must exceed the caches")
     parser.add_argument("--rows", nargs="*", type=int, default=(2, 4, 8, 16, 64, 256, 1024), help="besides decode")
@@ -238,13 +240,17 @@ def main() -> None:
     print(f"sequential read: {report['sequential_read_gb_per_s']['median']:.1f} GB/s")
     for shape in args.shapes:
         for bits in args.bits:
-            weights = Weights(*SHAPES[shape], bits)
-            layers = -(-(args.stream_mib << 20) // weights.packed.buffer.size)
-            results = benchmark_decode(weights, layers, args.repetitions, read, memory, threads)
-            if args.rows:
-                results += benchmark_rows(weights, max(layers // 8, 2), max(args.repetitions // 2, 3), args.rows)
-            report["layers"][f"{shape} int{bits}"] = results
-            print_table(f"{shape} (in x out) INT{bits}", results)
+            for group_size in args.group_sizes if bits == 4 else (0,):
+                if group_size and SHAPES[shape][0] % group_size:
+                    continue  # NNCF leaves such layers in INT8
+                weights = Weights(*SHAPES[shape], bits, group_size)
+                layers = -(-(args.stream_mib << 20) // weights.packed.buffer.size)
+                results = benchmark_decode(weights, layers, args.repetitions, read, memory, threads)
+                if args.rows:
+                    results += benchmark_rows(weights, max(layers // 8, 2), max(args.repetitions // 2, 3), args.rows)
+                name = f"{shape} int{bits}" + (f" g{group_size}" if group_size else "")
+                report["layers"][name] = results
+                print_table(name, results)
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
