@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <initializer_list>
 #include <map>
+#include <memory>
 #include <openvino/op/op.hpp>
 #include <string>
 #include <vector>
@@ -49,10 +51,36 @@ protected:
         float hidden_threshold = 0.0f;
     };
 
-    /// Reads the attributes anew from their texts.
-    virtual void parse_attributes();
-    /// Checks attributes and inputs; fills `layers_`.
-    void validate_layers();
+    /// What the attributes mean. OpenVINO clones an operation for every inference whose shapes may have changed, to infer
+    /// them; the clones share what was read once.
+    struct Plan {
+        Attributes attributes;
+        std::vector<Weights> layers;       // without their data
+        std::vector<int64_t> scale_sizes;  // of the inputs behind the layers' buffers
+    };
+
+    /// Reads and checks the attributes, unless that was done since they changed.
+    void make_plan();
+    /// Checks that the inputs are what the attributes say.
+    void check_inputs() const;
+    const Attributes& attributes() const {
+        return plan_->attributes;
+    }
+    virtual Attributes parse_attributes() const;
+    /// Checks that go beyond those of the layers.
+    virtual void check_attributes(const Attributes&) const {}
+    void visit_texts(ov::AttributeVisitor& visitor, std::initializer_list<const char*> names);
+    /// Another operation of this kind with the attributes of this one.
+    template <class Op>
+    std::shared_ptr<Op> clone_as(const ov::OutputVector& inputs) const {
+        auto clone = std::make_shared<Op>();
+        clone->texts_ = texts_;
+        clone->plan_ = plan_;
+        clone->is_stale_ = is_stale_;
+        clone->set_arguments(inputs);
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
     ov::PartialShape output_shape(int64_t out_features) const;
     /// This call's pointers; null where nothing is scaled.
     struct Bound {
@@ -65,9 +93,6 @@ protected:
     /// What prunes an input of shape [..., tokens, channels]: nothing (a threshold of 0) if only decode is pruned and
     /// there are several tokens.
     Threshold threshold_for(const ov::Shape& shape, float mode, float threshold, const float* scale) const;
-    /// The sizes of the inputs behind the layers' buffers.
-    std::vector<int64_t> scale_sizes() const;
-
     /// The value of an attribute. Throws, naming it, where it is missing or is no such value.
     const std::string& text(const char* name) const;
     std::vector<std::string> texts(const char* name) const;
@@ -81,15 +106,20 @@ protected:
     void parse_scaled(Attributes& parsed) const;
 
     /// Input features of layer i.
-    virtual int64_t layer_in_features(size_t i) const = 0;
+    virtual int64_t layer_in_features(const Attributes& attributes, size_t i) const = 0;
     /// Whether there are activations inside the operation that are pruned too.
     virtual bool has_hidden() const {
         return false;
     }
 
-    std::map<std::string, std::string> texts_;
-    Attributes attributes_;
-    std::vector<Weights> layers_;
+    using Texts = std::map<std::string, std::string>;
+    std::shared_ptr<Texts> texts_ = std::make_shared<Texts>();
+    std::shared_ptr<const Plan> plan_;
+    bool is_stale_ = true;  // whether texts_ may have changed since plan_ was made
+
+private:
+    std::vector<Weights> plan_layers(const Attributes& attributes) const;
+    std::vector<int64_t> plan_scales(const Attributes& attributes) const;
 };
 
 /// y_i = W_i sparsify(x - mode) + b_i: one output per layer.
@@ -103,8 +133,8 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 
 protected:
-    int64_t layer_in_features(size_t) const override {
-        return attributes_.in_features;
+    int64_t layer_in_features(const Attributes& attributes, size_t) const override {
+        return attributes.in_features;
     }
 };
 
@@ -120,12 +150,13 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 
 protected:
-    void parse_attributes() override;
+    Attributes parse_attributes() const override;
+    void check_attributes(const Attributes& attributes) const override;
     bool has_hidden() const override {
         return true;
     }
-    int64_t layer_in_features(size_t i) const override {
-        return i + 1 == attributes_.out_features.size() ? attributes_.out_features[0] : attributes_.in_features;
+    int64_t layer_in_features(const Attributes& attributes, size_t i) const override {
+        return i + 1 == attributes.out_features.size() ? attributes.out_features[0] : attributes.in_features;
     }
 };
 

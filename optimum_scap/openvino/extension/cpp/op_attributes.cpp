@@ -11,10 +11,6 @@
 namespace scap {
 namespace {
 
-constexpr const char* kAttributes[] = {"in_features", "out_features", "weight_types", "scale_types",
-                                       "group_sizes", "zero_points",  "has_bias",     "mode",
-                                       "threshold",   "decode_only",  "scaled",       "precision"};
-
 template <class Format, size_t N>
 auto types_by_name(const Format (&formats)[N]) {
     std::map<std::string, decltype(Format::type)> types;
@@ -39,16 +35,26 @@ std::string trimmed(const std::string& text) {
 
 }  // namespace
 
-bool SparseOp::visit_attributes(ov::AttributeVisitor& visitor) {
-    for (const char* name : kAttributes) {
-        visitor.on_attribute(name, texts_[name]);
+void SparseOp::visit_texts(ov::AttributeVisitor& visitor, std::initializer_list<const char*> names) {
+    // A visitor may write as well as read.
+    if (texts_.use_count() > 1) {
+        texts_ = std::make_shared<Texts>(*texts_);
     }
+    is_stale_ = true;
+    for (const char* name : names) {
+        visitor.on_attribute(name, (*texts_)[name]);
+    }
+}
+
+bool SparseOp::visit_attributes(ov::AttributeVisitor& visitor) {
+    visit_texts(visitor, {"in_features", "out_features", "weight_types", "scale_types", "group_sizes", "zero_points",
+                          "has_bias", "mode", "threshold", "decode_only", "scaled", "precision"});
     return true;
 }
 
 const std::string& SparseOp::text(const char* name) const {
-    const auto found = texts_.find(name);
-    NODE_VALIDATION_CHECK(this, found != texts_.end() && !found->second.empty(), "attribute ", name,
+    const auto found = texts_->find(name);
+    NODE_VALIDATION_CHECK(this, found != texts_->end() && !found->second.empty(), "attribute ", name,
                           " is missing or empty");
     return found->second;
 }
@@ -111,8 +117,8 @@ Value SparseOp::named(const std::map<std::string, Value>& values, const char* na
 
 void SparseOp::parse_scaled(Attributes& parsed) const {
     // IRs written before there were scales have no such attribute.
-    const auto found = texts_.find("scaled");
-    const std::string scaled = found == texts_.end() ? "" : found->second;
+    const auto found = texts_->find("scaled");
+    const std::string scaled = found == texts_->end() ? "" : found->second;
     const bool both = scaled == "input, hidden";
     parsed.scales_input = both || scaled == "input";
     parsed.scales_hidden = both || scaled == "hidden";
@@ -122,7 +128,7 @@ void SparseOp::parse_scaled(Attributes& parsed) const {
                           "'");
 }
 
-void SparseOp::parse_attributes() {
+SparseOp::Attributes SparseOp::parse_attributes() const {
     Attributes parsed;
     parsed.in_features = integer("in_features");
     parsed.out_features = integers("out_features");
@@ -140,21 +146,20 @@ void SparseOp::parse_attributes() {
     parsed.decode_only = flag("decode_only");
     parsed.precision = named(kPrecisions, "precision", text("precision"));
     parse_scaled(parsed);
-    attributes_ = parsed;
+    return parsed;
 }
 
 bool SCAPFeedForward::visit_attributes(ov::AttributeVisitor& visitor) {
-    for (const char* name : {"activation", "hidden_mode", "hidden_threshold"}) {
-        visitor.on_attribute(name, texts_[name]);
-    }
+    visit_texts(visitor, {"activation", "hidden_mode", "hidden_threshold"});
     return SparseOp::visit_attributes(visitor);
 }
 
-void SCAPFeedForward::parse_attributes() {
-    SparseOp::parse_attributes();
-    attributes_.activation = named(kActivations, "activation", text("activation"));
-    attributes_.hidden_mode = number("hidden_mode");
-    attributes_.hidden_threshold = number("hidden_threshold");
+SparseOp::Attributes SCAPFeedForward::parse_attributes() const {
+    Attributes parsed = SparseOp::parse_attributes();
+    parsed.activation = named(kActivations, "activation", text("activation"));
+    parsed.hidden_mode = number("hidden_mode");
+    parsed.hidden_threshold = number("hidden_threshold");
+    return parsed;
 }
 
 }  // namespace scap
