@@ -2,7 +2,7 @@
 """Compiles the C++ operations against the installed OpenVINO, on first use, into the user's cache.
 
 Nothing is compiled at import. The library's folder is named by everything that shapes it (OpenVINO, sources, compiler,
-instruction set, CPU), so an upgrade of any of them builds anew and never loads a stale library. Whatever stands in the
+instruction set, CPU), so an upgrade of any of them builds anew and never loads a stale library. Whatever is in the
 way is an `ExtensionBuildError`: models run without the extension too.
 """
 
