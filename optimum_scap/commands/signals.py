@@ -1,4 +1,4 @@
-"""Signals that end a command: they become exceptions, so that it can clean up, and wait while folders change places."""
+"""Signals that end a command: they become exceptions, so that it cleans up, and wait while folders change places."""
 
 import signal
 from collections.abc import Callable, Iterator
