@@ -49,7 +49,7 @@ def sparsify_activations(
     Raises:
         SCAPError: (a ValueError) if the model is of another kind or sparse already, nothing in it matches the config,
             the dataset is unusable, a layer's activations are NaN, infinite or all zero, or a transformers model could
-            not be saved afterwards (its generation config, for one).
+            not be saved afterward (its generation config, for one).
     """
     if isinstance(config, str):
         config = SCAPConfig.from_spec(config)

@@ -16,7 +16,7 @@ import optimum_scap
 ROOT = Path(optimum_scap.__file__).parent
 FRAMEWORKS = ("torch", "openvino", "nncf", "transformers", "datasets", "pyarrow", "optimum", "triton")
 
-# From the ground up: a floor may import itself and whatever stands in an earlier line.
+# From the ground up: a floor may import itself and what an earlier line holds.
 FLOORS = (
     ("errors",),
     ("cache", "disk", "progress"),

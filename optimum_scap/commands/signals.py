@@ -1,4 +1,4 @@
-"""Signals that end a command: they become exceptions, so that it can tidy up, and wait while folders change places."""
+"""Signals that end a command: they become exceptions, so that it cleans up, and wait while folders change places."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def _raise(number: int, _frame: object, note: str = "") -> None:
 
 @contextmanager
 def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """`handler` for the signals that are not ignored (as nohup has it), and what was there before afterwards."""
+    """`handler` for the signals that are not ignored (as nohup has it), and what was there before, afterward."""
     previous: dict[int, Any] = {}
     try:
         for number in _ENDING:

@@ -2,8 +2,8 @@
 """Compiles the C++ operations against the installed OpenVINO, on first use, into the user's cache.
 
 Nothing is compiled at import. The library's folder is named by everything that shapes it (OpenVINO, sources, compiler,
-instruction set, CPU), so an upgrade of any of them builds anew and never loads a stale library. Whatever stands in the
-way is an `ExtensionBuildError`: models run without the extension too.
+instruction set, CPU), so an upgrade of any of them builds anew and never loads a stale library. Whatever prevents a
+build is an `ExtensionBuildError`: models run without the extension too.
 """
 
 from __future__ import annotations
