@@ -160,7 +160,6 @@ def integer_linear(x: Tensor, weights: Sequence[Tensor], format: str, bias: Tens
                 weight,
                 block.shape[1],
                 begin // arguments.columns_per_word,
-                begin,
                 end,
                 in_features,
                 out_features,

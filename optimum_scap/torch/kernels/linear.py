@@ -261,13 +261,25 @@ def dense_kernel(
 
 
 @triton.jit
+def _join_parts(parts):
+    """A tuple of 2^n tensors as one that has n dimensions of two elements more; together they count the parts."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        half: tl.constexpr = len(parts) // 2
+        joined = ()
+        for number in tl.static_range(half):
+            joined += (tl.join(parts[number], parts[number + half]),)
+        return _join_parts(joined)
+
+
+@triton.jit
 def dequantize_kernel(
     weights,
     strides,
     dequantized,
     dequantized_stride,
     first_word,
-    begin,
     end,
     in_features,
     out_features,
@@ -281,23 +293,32 @@ def dequantize_kernel(
     WORDS_PER_TILE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """dequantized[input channel, column - begin] of the columns from `begin` to `end`, which begin with `first_word`;
-    programs [blocks of BLOCK_WORDS words; blocks of BLOCK_K input channels].
+    """dequantized[input channel, column] of the columns that begin with `first_word`, up to column `end`; programs
+    [blocks of BLOCK_WORDS words; blocks of BLOCK_K input channels].
     """
-    words = first_word + tl.program_id(0) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
-    channels = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
-    word_count = tl.cdiv(out_features, PARTS * WORDS_PER_TILE) * WORDS_PER_TILE
-    inside = (channels < in_features) & (words < word_count)
+    block = tl.program_id(0)
+    words = first_word + block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
+    first = tl.program_id(1) * BLOCK_K
+    channels = first + tl.arange(0, BLOCK_K)[:, None]
+    inside = words < tl.cdiv(out_features, PARTS * WORDS_PER_TILE) * WORDS_PER_TILE
     pointers = weights[0] + channels.to(tl.int64) * (strides[0] * WORDS_PER_TILE) + words
-    numbers = UNPACK(tl.load(pointers, mask=inside, other=0), 0, CONSTANTS)
-    groups = tl.minimum(channels, in_features - 1) // GROUP_SIZE
-    scales = LOAD_SCALES(weights, strides, groups, words, inside, out_features, CONSTANTS)
+    numbers = UNPACK(tl.load(pointers, mask=inside & (channels < in_features), other=0), 0, CONSTANTS)
+    group = first // GROUP_SIZE
+    if GROUP_SIZE % BLOCK_K != 0:
+        group = tl.minimum(channels, in_features - 1) // GROUP_SIZE
+    scales = LOAD_SCALES(weights, strides, group, words, inside, out_features, CONSTANTS)
     # As sums over one channel with x = 1.
-    totals = APPLY_SCALES(numbers + (1.0,), scales, 1, CONSTANTS)
+    totals = APPLY_SCALES(numbers + (tl.full((), 1.0, tl.float32),), scales, 1, CONSTANTS)
+    rounded = ()
     for part in tl.static_range(PARTS):
-        columns = columns_of(words, part, WORDS_PER_TILE, PARTS)
-        pointers = dequantized + channels.to(tl.int64) * dequantized_stride + (columns - begin)
-        tl.store(pointers, totals[part].to(dequantized.dtype.element_ty), mask=inside & (columns < end))
+        rounded += (totals[part].to(dequantized.dtype.element_ty),)
+    # Neighbors in a tile belong to neighboring columns of the same part.
+    TILES: tl.constexpr = BLOCK_WORDS // WORDS_PER_TILE
+    by_word = tl.reshape(_join_parts(rounded), (BLOCK_K, TILES, WORDS_PER_TILE, PARTS))
+    by_column = tl.reshape(tl.permute(by_word, (0, 1, 3, 2)), (BLOCK_K, BLOCK_WORDS * PARTS))
+    columns = block * BLOCK_WORDS * PARTS + tl.arange(0, BLOCK_WORDS * PARTS)[None, :]
+    pointers = dequantized + channels.to(tl.int64) * dequantized_stride + columns
+    tl.store(pointers, by_column, mask=(channels < in_features) & (columns < end - first_word * PARTS))
 
 
 @triton.jit

@@ -22,8 +22,10 @@ from .integers import IntegerWeights, apply_scales, check
 
 
 WORDS_PER_TILE = 8
-# Weights that are multiplied by many rows at a time, in the type of the rows: of these there is never more.
-BYTES_PER_BLOCK = 32_000_000
+# Weights that are multiplied by many rows at a time, in the type of the rows.
+BYTES_PER_BLOCK = 68_000_000
+# Matrix products go by tiles of this or of half the size.
+COLUMNS_PER_BLOCK = 1024
 
 
 class PackedFormat(WeightFormat[IntegerWeights]):
@@ -91,10 +93,10 @@ class PackedFormat(WeightFormat[IntegerWeights]):
         return apply_scales(integers, scales[:, None, begin:end], shift).to(dtype).flatten(0, 1)
 
     def blocks(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-        """Ranges of output channels of at most BYTES_PER_BLOCK in `dtype`, that begin where tiles do."""
+        """Ranges of output channels, of about BYTES_PER_BLOCK in `dtype`; multiples of COLUMNS_PER_BLOCK."""
         out_features, in_features = self.shape(tensors)
-        tile = WORDS_PER_TILE * self.parts
-        size = max(1, BYTES_PER_BLOCK // (dtype.itemsize * max(1, in_features) * tile)) * tile
+        size = max(1, BYTES_PER_BLOCK // (dtype.itemsize * max(1, in_features) * COLUMNS_PER_BLOCK))
+        size *= COLUMNS_PER_BLOCK
         for begin in range(0, out_features, size):
             yield begin, min(begin + size, out_features)
 

@@ -51,7 +51,8 @@ def test_packing_loses_nothing(weights: IntegerWeights) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_and_products_go_by_blocks(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "BYTES_PER_BLOCK", 64 * 96 * 4)
+    monkeypatch.setattr(packed, "BYTES_PER_BLOCK", 0)
+    monkeypatch.setattr(packed, "COLUMNS_PER_BLOCK", 64)
     generator = torch.Generator().manual_seed(0)
     weights = random_integers(generator, bits, 300, 96, 32, kind, torch.float32)
     weight_format = find_format(f"int{bits}")
