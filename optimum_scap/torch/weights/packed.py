@@ -23,7 +23,7 @@ from .integers import IntegerWeights, apply_scales, check
 
 WORDS_PER_TILE = 8
 # Weights that are multiplied by many rows at a time, in the type of the rows.
-BYTES_PER_BLOCK = 68_000_000
+BYTES_PER_BLOCK = 136_000_000
 # Matrix products go by tiles of this or of half the size.
 COLUMNS_PER_BLOCK = 1024
 
