@@ -222,6 +222,7 @@ def _partial_sums(
     fixed_point = (
         rows == 1
         and weights.group_size is not None
+        and torch.version.hip is None  # which has no instruction for it
         and configuration.unroll % 4 == 0
         and slice_size * weights.tensors[0].stride(0) < 1 << 31
         and slice_size <= MAX_CHANNELS

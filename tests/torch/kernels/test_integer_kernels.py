@@ -325,6 +325,20 @@ def test_many_rows(bits: int, kind: str, dtype: torch.dtype) -> None:
     assert_close(reference.integer_linear(x, tensors, name, layer.bias), wanted)
 
 
+@pytest.mark.timeout(300)
+def test_many_rows_compile_as_one_graph() -> None:
+    generator = torch.Generator().manual_seed(17)
+    layer = random_layer(generator, 4, 96, 97, 32)
+    x = random_input(generator, 20, 96, torch.float32)
+
+    def run(x: Tensor) -> Tensor:
+        return find_format("int4").multiply(x, layer.packed.tensors, layer.bias) + 1.0
+
+    compiled = torch.compile(run, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(x), x.double() @ layer.weight.t() + layer.bias.double() + 1.0)
+
+
 def test_layers_over_one_input_are_stored_alike() -> None:
     generator = torch.Generator().manual_seed(12)
     x = random_input(generator, 1, 64, torch.float16)
