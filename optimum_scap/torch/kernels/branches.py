@@ -14,11 +14,11 @@ MAX_BRANCHES = 3
 
 
 class Branch(NamedTuple):
-    """One layer over the shared input."""
+    """One layer over the shared input; a threshold below zero keeps all channels."""
 
     weights: KernelArguments
     out_features: int
-    threshold: float = 0.0
+    threshold: float = -1.0
     mode: float = 0.0
     scale: Tensor | None = None
 
@@ -60,8 +60,11 @@ def _checked(
         for tensor in arguments.tensors:
             if tensor.device != x.device:
                 raise ValueError(f"weight on {tensor.device}, input on {x.device}")
-        if layers and arguments.constants != layers[0][0].constants:
-            raise ValueError(f"layers over one input must be stored alike, got {format} weights that are not")
+        if layers and arguments.kind != layers[0][0].kind:
+            raise ValueError(
+                f"layers over one input must be stored alike, in types, groups and zero points; got {format} weights "
+                "that are not"
+            )
         layers.append((arguments, out_features))
     return layers
 

@@ -108,3 +108,9 @@ sparse_gated_linear = register_operation(
     reference.sparse_gated_linear,
     lambda x, gate_weights, _, format, *__: _like_one(x, gate_weights, format),
 )
+integer_linear = register_operation(
+    "integer_linear",
+    "(Tensor x, Tensor[] weights, str format, Tensor? bias) -> Tensor",
+    reference.integer_linear,
+    _like_one,
+)

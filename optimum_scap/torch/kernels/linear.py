@@ -8,14 +8,19 @@ import triton
 import triton.language as tl
 
 from .device_functions import (
-    accumulate_kept_channels,
+    accumulate_channels,
+    add_each,
     add_slices,
     choose,
     choose_each,
+    columns_of,
     find_branch,
     list_kept_channels,
     wait_for_inputs,
+    zeros,
 )
+from .fixed_point import accumulate_fixed_point, list_in_fixed_point, scale_fixed_point
+from .load import read_dense
 
 
 @triton.jit
@@ -24,6 +29,8 @@ def partial_sums_kernel(
     in_features,
     lists,
     list_size,
+    group_ends,
+    groups,
     weights,
     strides,
     partial,
@@ -38,65 +45,152 @@ def partial_sums_kernel(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    FIXED_POINT: tl.constexpr,
+    SLICE_SIZE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HOLD: tl.constexpr,
-    LOAD: tl.constexpr,
+    READ: tl.constexpr,
+    UNPACK: tl.constexpr,
+    LOAD_SCALES: tl.constexpr,
+    APPLY_SCALES: tl.constexpr,
     CONSTANTS: tl.constexpr,
-    COLUMNS_PER_WORD: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS_PER_TILE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
     """partial[slice, row, columns of all branches in turn], programs [column blocks of all branches; slices].
 
     `out_features`, `thresholds`, `modes`, `scales` and HAS_SCALE (or None if no branch has one) are tuples with an
-    element per branch; `weights` and `strides` hold such tuples, one for each tensor and stride of the format that
-    LOAD, a function of `load`, reads.
+    element per branch; `weights` and `strides` hold such tuples, one for each tensor and stride of the format, whose
+    functions, see `load`, are READ, UNPACK, LOAD_SCALES and APPLY_SCALES. Words hold PARTS columns. A program has
+    `groups` elements of `group_ends`, unless that is None, because no slice holds channels of two groups. With
+    FIXED_POINT products are computed as `fixed_point` says, of one row; the elements of `lists` are of 64 bits then. A
+    slice has up to SLICE_SIZE channels, if it matters.
     """
     part = tl.program_id(1)
     parts = tl.num_programs(1)
-    kept_list = lists + (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * list_size
+    program = (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     branch, block, first_column, all_features = find_branch(tl.program_id(0), out_features, BLOCK_N)
     features = choose(branch, out_features)
     threshold = choose(branch, thresholds)
     mode = choose(branch, modes)
-    words = block * (BLOCK_N // COLUMNS_PER_WORD) + tl.arange(0, BLOCK_N // COLUMNS_PER_WORD)
+    weights = choose_each(branch, weights)
+    strides = choose_each(branch, strides)
+    words = block * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
     word_mask = None
     if not WHOLE_BLOCKS:
-        word_mask = words < tl.cdiv(features, COLUMNS_PER_WORD)
+        word_mask = words < tl.cdiv(features, PARTS * WORDS_PER_TILE) * WORDS_PER_TILE
     first = (tl.cast(in_features, tl.int64) * part // parts).to(tl.int32)
     channel_count = (tl.cast(in_features, tl.int64) * (part + 1) // parts).to(tl.int32) - first
     x += first
     scale = None
     if HAS_SCALE is not None:
         scale = (choose(branch, scales) + first, choose(branch, HAS_SCALE))
+    ends = None
+    if group_ends is not None:
+        ends = group_ends + program * groups
+    scales_of_slice = None
+    if group_ends is None:
+        # These do not depend on the kernels in front: they are under way before x is waited for.
+        scales_of_slice = LOAD_SCALES(weights, strides, first // GROUP_SIZE, words, word_mask, features, CONSTANTS)
     wait_for_inputs(LAUNCH_EARLY)
-    count = list_kept_channels(
-        x, in_features, channel_count, threshold, mode, scale, kept_list, ROWS, LANES, STEPS, UNROLL
-    )
-    sums = accumulate_kept_channels(
-        x,
-        in_features,
-        threshold,
-        mode,
-        scale,
-        kept_list,
-        count,
-        choose_each(branch, weights),
-        choose_each(branch, strides),
-        first,
-        words,
-        word_mask,
-        zero,
-        ROWS,
-        BLOCK_N,
-        UNROLL,
-        HOLD,
-        LOAD,
-        CONSTANTS,
-    )
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept_list = lists + program * list_size
+    if FIXED_POINT:
+        row_words = tl.cast(strides[0], tl.uint32) * WORDS_PER_TILE
+        words_of_slice = weights[0] + tl.cast(first, tl.int64) * row_words + words
+        count, unit = list_in_fixed_point(
+            x,
+            channel_count,
+            threshold,
+            mode,
+            scale,
+            kept_list,
+            row_words,
+            ends,
+            first,
+            LANES,
+            STEPS,
+            UNROLL,
+            GROUP_SIZE,
+            SLICE_SIZE <= LANES * STEPS,
+        )
+    else:
+        count = list_kept_channels(
+            x,
+            in_features,
+            channel_count,
+            threshold,
+            mode,
+            scale,
+            kept_list,
+            ends,
+            first,
+            ROWS,
+            LANES,
+            STEPS,
+            UNROLL,
+            GROUP_SIZE,
+        )
+    totals = zeros(ROWS * PARTS, BLOCK_N // PARTS)
+    begin = 0
+    end = count
+    first_group = first // GROUP_SIZE
+    groups_of_slice = 1
+    if group_ends is not None:
+        groups_of_slice = (first + channel_count - 1) // GROUP_SIZE - first_group + 1
+    for number in range(0, groups_of_slice):
+        weight_scales = scales_of_slice
+        if group_ends is not None:
+            end = tl.load(ends + number)
+            group = first_group + number
+            weight_scales = LOAD_SCALES(weights, strides, group, words, word_mask, features, CONSTANTS)
+        if FIXED_POINT:
+            sums = accumulate_fixed_point(
+                kept_list + begin,
+                end - begin,
+                words_of_slice,
+                word_mask,
+                zero,
+                UNROLL,
+                HOLD,
+                CONSTANTS[0],
+                WORDS_PER_TILE,
+                group_ends is None,
+            )
+            scaled = scale_fixed_point(sums, unit, weight_scales, CONSTANTS, SLICE_SIZE)
+        else:
+            sums = accumulate_channels(
+                x,
+                in_features,
+                threshold,
+                mode,
+                scale,
+                kept_list + begin,
+                end - begin,
+                weights,
+                strides,
+                first,
+                words,
+                word_mask,
+                zero,
+                ROWS,
+                PARTS,
+                UNROLL,
+                HOLD,
+                READ,
+                UNPACK,
+                CONSTANTS,
+            )
+            scaled = APPLY_SCALES(sums, weight_scales, ROWS, CONSTANTS)
+        totals = add_each(totals, scaled)
+        begin = end
     for row in tl.static_range(ROWS):
-        pointers = partial + (part * ROWS + row).to(tl.int64) * all_features + first_column + columns
-        tl.store(pointers, sums[row], mask=columns < features)
+        sums_of_row = partial + (part * ROWS + row).to(tl.int64) * all_features + first_column
+        for number in tl.static_range(PARTS):
+            columns = columns_of(words, number, WORDS_PER_TILE, PARTS)
+            mask = None if WHOLE_BLOCKS else columns < features
+            tl.store(sums_of_row + columns, totals[row * PARTS + number], mask=mask)
 
 
 @triton.jit
@@ -135,12 +229,10 @@ def dense_kernel(
     out_features,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOAD: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    COLUMNS_PER_WORD: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
-    """out = W x + bias of one token; programs [blocks of BLOCK_N outputs]. Weights as of `partial_sums_kernel`.
+    """out = W x + bias of one token; programs [blocks of BLOCK_N outputs]. Weights, `dense` ones, as of
+    `partial_sums_kernel`.
 
     `biases`, of which any may be None, `outs` and `out_features` are tuples with an element per branch.
     """
@@ -148,22 +240,85 @@ def dense_kernel(
     features = choose(branch, out_features)
     weights = choose_each(branch, weights)
     strides = choose_each(branch, strides)
-    words = block * (BLOCK_N // COLUMNS_PER_WORD) + tl.arange(0, BLOCK_N // COLUMNS_PER_WORD)[:, None]
-    word_mask = words < tl.cdiv(features, COLUMNS_PER_WORD)
+    words = block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    word_mask = words < features
     channels = tl.arange(0, BLOCK_K)
     row = (channels[None, :],)
     # Weights do not depend on the kernels in front: the first are under way before x is waited for.
-    (ready,) = LOAD(weights, strides, 0, row, words, word_mask, row[0] < in_features, 0, None, CONSTANTS)
+    (ready,) = read_dense(weights, strides, 0, row, words, word_mask, row[0] < in_features, 0, None, (False,))
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     wait_for_inputs(LAUNCH_EARLY)
     for start in range(0, in_features, BLOCK_K):
         values = tl.load(x + start + channels, mask=channels < in_features - start, other=0.0)
         channel_mask = row[0] < in_features - start - BLOCK_K
-        (following,) = LOAD(weights, strides, start + BLOCK_K, row, words, word_mask, channel_mask, 0, None, CONSTANTS)
+        (following,) = read_dense(
+            weights, strides, start + BLOCK_K, row, words, word_mask, channel_mask, 0, None, (False,)
+        )
         sums = tl.fma(ready.to(tl.float32), tl.broadcast_to(values.to(tl.float32)[None, :], sums.shape), sums)
         ready = following
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     _store_in_branch(tl.sum(sums, 1), branch, 0, columns, columns < features, out_features, biases, outs)
+
+
+@triton.jit
+def _join_parts(parts):
+    """A tuple of 2^n tensors as one that has n dimensions of two elements more; together they count the parts."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        half: tl.constexpr = len(parts) // 2
+        joined = ()
+        for number in tl.static_range(half):
+            joined += (tl.join(parts[number], parts[number + half]),)
+        return _join_parts(joined)
+
+
+@triton.jit
+def dequantize_kernel(
+    weights,
+    strides,
+    dequantized,
+    dequantized_stride,
+    first_word,
+    end,
+    in_features,
+    out_features,
+    BLOCK_K: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    UNPACK: tl.constexpr,
+    LOAD_SCALES: tl.constexpr,
+    APPLY_SCALES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS_PER_TILE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """dequantized[input channel, column] of the columns that begin with `first_word`, up to column `end`; programs
+    [blocks of BLOCK_WORDS words; blocks of BLOCK_K input channels].
+    """
+    block = tl.program_id(0)
+    words = first_word + block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
+    first = tl.program_id(1) * BLOCK_K
+    channels = first + tl.arange(0, BLOCK_K)[:, None]
+    inside = words < tl.cdiv(out_features, PARTS * WORDS_PER_TILE) * WORDS_PER_TILE
+    pointers = weights[0] + channels.to(tl.int64) * (strides[0] * WORDS_PER_TILE) + words
+    numbers = UNPACK(tl.load(pointers, mask=inside & (channels < in_features), other=0), 0, CONSTANTS)
+    group = first // GROUP_SIZE
+    if GROUP_SIZE % BLOCK_K != 0:
+        group = tl.minimum(channels, in_features - 1) // GROUP_SIZE
+    scales = LOAD_SCALES(weights, strides, group, words, inside, out_features, CONSTANTS)
+    # As sums over one channel with x = 1.
+    totals = APPLY_SCALES(numbers + (tl.full((), 1.0, tl.float32),), scales, 1, CONSTANTS)
+    rounded = ()
+    for part in tl.static_range(PARTS):
+        rounded += (totals[part].to(dequantized.dtype.element_ty),)
+    # Neighbors in a tile belong to neighboring columns of the same part.
+    TILES: tl.constexpr = BLOCK_WORDS // WORDS_PER_TILE
+    by_word = tl.reshape(_join_parts(rounded), (BLOCK_K, TILES, WORDS_PER_TILE, PARTS))
+    by_column = tl.reshape(tl.permute(by_word, (0, 1, 3, 2)), (BLOCK_K, BLOCK_WORDS * PARTS))
+    columns = block * BLOCK_WORDS * PARTS + tl.arange(0, BLOCK_WORDS * PARTS)[None, :]
+    pointers = dequantized + channels.to(tl.int64) * dequantized_stride + columns
+    tl.store(pointers, by_column, mask=(channels < in_features) & (columns < end - first_word * PARTS))
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..weights import find_format
+from ..weights.packed import PackedFormat
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +55,7 @@ def _sparse_linear_float32(
     if mode == 0.0:  # what is kept is x itself: the product needs no copy of the weights in float32
         y = weight_format.multiply(kept.to(x.dtype), weights).float()
     else:
-        y = F.linear(kept, weight_format.dequantize(weights).float())
+        y = F.linear(kept, weight_format.dequantize(weights, torch.float32))
     return y if bias is None else y + bias.float()
 
 
@@ -136,3 +137,10 @@ def sparse_gated_linear(
     gate = _sparse_linear_float32(x, gate_weights, format, gate_bias, gate_threshold, gate_mode, gate_scale)
     up = _sparse_linear_float32(x, up_weights, format, up_bias, up_threshold, up_mode, up_scale)
     return (ACTIVATIONS[activation](gate) * up).to(x.dtype)
+
+
+def integer_linear(x: Tensor, weights: Sequence[Tensor], format: str, bias: Tensor | None) -> Tensor:
+    """A dense linear layer of many rows over `int4` or `int8` weights; see `WeightFormat.multiply`."""
+    weight_format = find_format(format)
+    assert isinstance(weight_format, PackedFormat)
+    return weight_format.multiply_by_blocks(x, weights, bias)

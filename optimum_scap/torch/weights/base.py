@@ -1,12 +1,12 @@
 """How the weights of a fully connected layer are stored: the interface of a format, and the formats by name.
 
-A format is a file of this package, imported by `__init__`, that registers an instance of its `WeightFormat`, and a
-function of `kernels/load.py` that reads such weights on a GPU. Whatever else there is knows no format.
+A format is a file of this package, imported by `__init__`, that registers an instance of its `WeightFormat`, and
+functions of `kernels/load.py` that read such weights on a GPU. Whatever else there is knows no format.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,17 +29,27 @@ class KernelArguments(NamedTuple):
     """What the kernels and the format's function in `kernels/load.py` are told about the weights of a layer.
 
     Args:
-        tensors: handed on as pointers. The first holds the weights, in words of one or more neighboring output
-            channels; the layers of a launch have tensors of the same types.
+        tensors: handed on as pointers. The first holds the weights, in words of one or more output channels; the
+            layers of a launch have tensors of the same types.
         strides: in elements, as many as the function wants.
         constants: known when the function is compiled; the same for all layers of a launch.
         columns_per_word: output channels whose weights a word holds.
+        words_per_tile: output channels come in tiles of so many words. Part p of word w of tile t is output channel
+            (t * columns_per_word + p) * words_per_tile + w; the last tile may be wider than what is left.
+        group_size: input channels whose sums are scaled together; None if weights need no scaling.
     """
 
     tensors: tuple[Tensor, ...]
     strides: tuple[int, ...]
     constants: tuple[Any, ...] = ()
     columns_per_word: int = 1
+    words_per_tile: int = 1
+    group_size: int | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the layers of a launch have in common."""
+        return (self.constants, self.group_size, *(tensor.dtype for tensor in self.tensors))
 
     @property
     def bits(self) -> int:
@@ -47,10 +57,14 @@ class KernelArguments(NamedTuple):
         return 8 * self.tensors[0].element_size() // self.columns_per_word
 
 
-class WeightFormat(ABC):
+Stored = TypeVar("Stored")
+
+
+class WeightFormat(ABC, Generic[Stored]):
     """A way to store weights. Instances hold no weights and no state: sizes of groups and the like follow from shapes.
 
     Args:
+        Stored: what such weights are made of: a floating-point tensor, `integers.IntegerWeights`.
         name: the ecosystem's name for the format.
         tensor_count: tensors that the weights of a layer are.
     """
@@ -66,21 +80,20 @@ class WeightFormat(ABC):
         return [tuple(tensors[first : first + count]) for first in range(0, len(tensors), count)]
 
     @abstractmethod
-    def pack(self, *stored: Tensor) -> Weights:
-        """Weights as the sparse kernels read them, one input channel after the other.
+    def pack(self, stored: Stored) -> Weights:
+        """Weights as the sparse kernels read them, one input channel after the other."""
 
-        Args:
-            stored: `[out_features, in_features]` floating-point weights, or the tensors that a checkpoint of this
-                format holds.
-        """
+    @abstractmethod
+    def unpack(self, tensors: Sequence[Tensor]) -> Stored:
+        """What `pack` was given, for saving: the same numbers, in the order of a checkpoint."""
 
     @abstractmethod
     def shape(self, tensors: Sequence[Tensor]) -> tuple[int, int]:
         """out_features and in_features."""
 
     @abstractmethod
-    def dequantize(self, tensors: Sequence[Tensor]) -> Tensor:
-        """`[out_features, in_features]`, floating-point, in any order in memory."""
+    def dequantize(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """`[out_features, in_features]` of this floating-point type or the format's own, in any order in memory."""
 
     def row_sums(self, tensors: Sequence[Tensor]) -> Tensor:
         """W·1, the sum over the input channels: `[out_features]`, float32. A mode is folded into the bias with it."""
@@ -88,7 +101,7 @@ class WeightFormat(ABC):
 
     def multiply(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         """The dense layer for many rows: `[..., in_features]` to `[..., out_features]`, in the type of `x`."""
-        return F.linear(x, self.dequantize(tensors).to(x.dtype), bias)
+        return F.linear(x, self.dequantize(tensors, x.dtype), bias)
 
     @abstractmethod
     def kernel_arguments(self, tensors: Sequence[Tensor], input_major: bool) -> KernelArguments:
@@ -104,15 +117,15 @@ class WeightFormat(ABC):
         """
 
 
-_formats: dict[str, WeightFormat] = {}
+_formats: dict[str, WeightFormat[Any]] = {}
 
 
-def register(weight_format: WeightFormat) -> None:
+def register(weight_format: WeightFormat[Any]) -> None:
     """Makes a format known under its name."""
     _formats[weight_format.name] = weight_format
 
 
-def find_format(name: str) -> WeightFormat:
+def find_format(name: str) -> WeightFormat[Any]:
     """The format of this name.
 
     Raises:

@@ -2,28 +2,31 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .base import KernelArguments, WeightFormat, Weights, register
 
 
-class DenseFormat(WeightFormat):
+class DenseFormat(WeightFormat[Tensor]):
     """One tensor `[out_features, in_features]`, which may lie either way in memory."""
 
     name = "dense"
     tensor_count = 1
 
-    def pack(self, *stored: Tensor) -> Weights:
-        (weight,) = stored
-        return Weights(self.name, (weight.t().contiguous().t(),))
+    def pack(self, stored: Tensor) -> Weights:
+        return Weights(self.name, (stored.t().contiguous().t(),))
+
+    def unpack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].contiguous()
 
     def shape(self, tensors: Sequence[Tensor]) -> tuple[int, int]:
         out_features, in_features = tensors[0].shape
         return out_features, in_features
 
-    def dequantize(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
+    def dequantize(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        return tensors[0] if dtype is None else tensors[0].to(dtype)
 
     def multiply(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         return F.linear(x, tensors[0], bias)

@@ -83,3 +83,16 @@ def test_tuning_keeps_to_its_budget_and_is_found_again(cache: Path) -> None:
     x = torch.zeros(1, 1024, dtype=torch.float16, device=DEVICE)
     key = configurations.shape_key(1024, (2752,), 16)
     assert configurations.configuration_for(x, (2752,), 16) == found[key].configuration
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tuning_knows_integer_weights(cache: Path, bits: int) -> None:
+    from optimum_scap.torch.kernels.tuning import tune
+
+    name = f"int{bits}"
+    (key,) = tune([(1024, (2752,))], torch.float16, DEVICE, 4.0, format=name, group_size=64)
+    assert key == configurations.shape_key(1024, (2752,), bits, name, 64)
+    x = torch.zeros(1, 1024, dtype=torch.float16, device=DEVICE)
+    tuned = configurations.load(cache)[configurations.device_key(DEVICE)][key]
+    assert configurations.configuration_for(x, (2752,), bits, name, 64) == tuned

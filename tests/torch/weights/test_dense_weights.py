@@ -29,9 +29,9 @@ def test_sums_of_half_precision_weights_are_made_in_float32() -> None:
 def test_kernels_are_told_how_dense_weights_lie() -> None:
     dense = find_format("dense")
     weight = torch.zeros(6, 4, dtype=torch.float16)
-    assert dense.kernel_arguments((weight,), input_major=False)[1:] == ((4,), (False,), 1)
+    assert dense.kernel_arguments((weight,), input_major=False)[1:] == ((4,), (False,), 1, 1, None)
     packed = dense.pack(weight).tensors
-    assert dense.kernel_arguments(packed, input_major=True)[1:] == ((6,), (True,), 1)
+    assert dense.kernel_arguments(packed, input_major=True)[1:] == ((6,), (True,), 1, 1, None)
     assert dense.kernel_arguments(packed, input_major=True).bits == 16
     with pytest.raises(ValueError, match="input-channel-major, with strides \\(1, >= 6\\); got \\(4, 1\\)"):
         dense.kernel_arguments((weight,), input_major=True)
@@ -40,7 +40,7 @@ def test_kernels_are_told_how_dense_weights_lie() -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown weight format 'int3', choose from dense"):
+    with pytest.raises(ValueError, match="unknown weight format 'int3', choose from dense, int4, int8"):
         find_format("int3")
 
 
