@@ -16,7 +16,8 @@ from .convert import check_vectors, convert
 from .linear import is_pruned
 from .prunable import hooked_by_nncf, is_linear, is_quantized, why_dense
 from .quantized import QuantizedLinear
-from .readers import adopt_layers, find_reader
+from .readers import adopt_layers, find_reader, keep_metadata, kept_metadata
+from .readers.compressed_tensors import packed_config
 from .saving import is_from_transformers
 from .wrappers import saved_modules, unwrap, why_adapter_forbids
 
@@ -51,8 +52,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
             if reason is not None:
                 raise SCAPError(f"layer {path} cannot be pruned: {reason}")
     if not from_checkpoint:
-        parameters = parameters.model_copy(update={"quantization_config": source_config(model)})
-        adopt(model)
+        parameters = parameters.model_copy(update={"quantization_config": adopt(model)})
     mark_tied(model, [module for modules in found.values() for module in modules])
     for path, modules in found.items():
         criterion, correction = vectors[path]
@@ -128,16 +128,28 @@ def source_config(model: nn.Module) -> dict[str, Any] | None:
     return reader.saved_config(fields)
 
 
-def adopt(model: nn.Module) -> None:
+def adopt(model: nn.Module) -> dict[str, Any] | None:
     """Takes over what the library of a quantization method made of the layers, so that they run, and are saved, here.
+
+    Returns:
+        The `quantization_config` of the checkpoint that the model is saved as, but for SCAP; None if it is not
+        quantized.
 
     Raises:
         SCAPError: naming a layer whose weights are not read.
     """
+    source = source_config(model)
     inner: Any = unwrap(model)
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is not None and not kept_metadata(inner):
+        reader = find_reader(quantizer.quantization_config.to_dict())
+        keep_metadata(inner, {} if reader is None else reader.made_metadata(inner))
     adopt_layers(inner, _dtype_of(inner))
-    if getattr(inner, "hf_quantizer", None) is not None:
-        inner.hf_quantizer = None
+    storages = {path: module.scap_storage for path, module in saved_modules(model) if isinstance(module, QuantizedLinear)}
+    if source is None and storages:
+        others = [path for path, module in saved_modules(model) if isinstance(module, nn.Linear)]
+        return packed_config(storages, others)
+    return source
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
@@ -174,9 +186,9 @@ def find_modules(
 def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
     model._scap_parameters = parameters  # type: ignore[assignment]
     if is_from_transformers(model):
-        from .quantization_config import attach_config
+        from .quantizer import attach
 
-        attach_config(model, parameters)
+        attach(model, parameters)
 
 
 def _why_not_prunable(module: nn.Module) -> str | None:

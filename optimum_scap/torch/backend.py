@@ -18,6 +18,7 @@ from ..errors import SCAPError
 from .apply import apply_parameters, check_is_dense, pruned_layers, read_parameters, source_config
 from .collect import TorchCollector, TorchCounter, find_sites
 from .prunable import in_features, is_fully_connected, is_linear, is_quantized, out_features, weights_of, why_dense
+from .readers.nncf import mark_layers
 from .saving import check_can_be_saved
 from .statistics import TorchActivationStatistics
 from .wrappers import has_adapters, saved_modules, unwrap, why_adapter_forbids
@@ -43,6 +44,7 @@ class TorchBackend(core.Backend):
 
     def layers(self) -> Layers:
         check_is_dense(self._model)
+        mark_layers(unwrap(self._model))
         forbidden = why_adapter_forbids(self._model)
         self._modules = {
             path: module

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..errors import SCAPError
 from .quantized import QuantizedLinear
 from .readers import adopted
+from .readers.nncf import compressors
 from .weights.integers import dequantize
 
 
@@ -102,9 +103,12 @@ def _has_plain_weight(module: nn.Module) -> bool:
 
 
 def hooked_by_nncf(model: nn.Module) -> bool:
-    """Whether NNCF computes something between the operations of `model`, such as quantizing their inputs."""
+    """Whether NNCF computes something between the operations of `model`, such as quantizing their inputs; that it
+    decompresses weights does not count.
+    """
     storages = [module._modules[_NNCF_HOOKS] for module in model.modules() if _NNCF_HOOKS in module._modules]
-    return any(len(points) > 0 for storage in storages for points in storage.children())  # type: ignore[union-attr,arg-type]
+    hooks = sum(len(points) for storage in storages for points in storage.children())  # type: ignore[union-attr,arg-type,misc]
+    return hooks > len(list(compressors(model)))
 
 
 def _why_not_ordinary_weights(module: nn.Module) -> str | None:

@@ -25,13 +25,14 @@ class SCAPQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, parameters: SCAPParameters | None = None, **fields: Any) -> None:
         self.quant_method = QUANT_METHOD
+        self.parameters: SCAPParameters | None = None
         self.source: dict[str, Any] | None = None
         if parameters is None and fields.keys() - {"quant_method"} == {"quantization_config"}:
-            self.parameters, self.source = None, fields["quantization_config"]
+            self.source = fields["quantization_config"]
             return
         if parameters is None:
             parameters = parameters_from_quantization_config(fields, "quantization_config in config.json")
-        self.parameters: SCAPParameters | None = parameters
+        self.parameters = parameters
         self.source = parameters.quantization_config
 
     @classmethod
@@ -48,13 +49,6 @@ class SCAPQuantizationConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
-
-
-def attach_config(model: nn.Module, parameters: SCAPParameters) -> None:
-    """Gives a transformers model that was sparsified in memory what `from_pretrained` gives one that is loaded."""
-    model.config.quantization_config = SCAPQuantizationConfig(parameters)  # type: ignore[union-attr]
-    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
-    mark_as_float(model)
 
 
 def mark_as_float(model: nn.Module) -> None:

@@ -63,7 +63,14 @@ class QuantizedLinear(nn.Module):
         name: of the layer in messages.
     """
 
+    in_features: int
+    out_features: int
     bias: nn.Parameter | None
+    scap_storage: Storage
+    scap_dtype: torch.dtype
+    scap_name: str
+    # The memory format; None until the weights are there.
+    scap_format: str | None
     scap_given: GivenOutput | None = None
 
     def __init__(

@@ -18,11 +18,11 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from ..core.parameters import QUANT_METHOD
+from ..core.parameters import QUANT_METHOD, SCAPParameters
 from .apply import apply_parameters, mark_tied, pruned_layers
 from .linear import VECTORS
 from .quantization_config import SCAPQuantizationConfig, mark_as_float
-from .readers import pack_model, prepare_model
+from .readers import kept_metadata, pack_model, prepare_model
 
 
 class SCAPQuantizer(HfQuantizer):
@@ -51,10 +51,14 @@ class SCAPQuantizer(HfQuantizer):
             module.prepare()  # type: ignore[operator]
         mark_as_float(model)
         # With it save_pretrained would ignore the state_dict that it is given, as FSDP and DeepSpeed give it.
-        model.hf_quantizer = None  # type: ignore[assignment]
+        model.hf_quantizer = self if kept_metadata(model) else None  # type: ignore[assignment]
         if config.parameters is None:  # it is what its checkpoint says
             model.config.quantization_config = config.source  # type: ignore[union-attr]
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        metadata = dict(kept_metadata(model))
+        return (model.state_dict() if metadata else None), metadata
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
         return True
@@ -66,6 +70,17 @@ class SCAPQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def attach(model: Any, parameters: SCAPParameters) -> None:
+    """Gives a transformers model that was sparsified in memory what `from_pretrained` gives one that is loaded."""
+    model.config.quantization_config = config = SCAPQuantizationConfig(parameters)
+    model.quantization_method = QUANT_METHOD
+    if kept_metadata(model):
+        model.hf_quantizer = SCAPQuantizer(config)
+    elif getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+    mark_as_float(model)
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ No integer and no scale changes on the way. The libraries that made a checkpoint
 file with a class derived from `Reader`, and its entry in `readers`.
 """
 
+import types
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from ...core.sites import match_paths
 from ...errors import SCAPError, first_line
 from ..quantized import QuantizedLinear, StoredTensor
 from .base import Adopted, LayerShape, Reader
+from .nncf import mark_layers, release
 
 
 @cache
@@ -24,8 +26,10 @@ def readers() -> tuple[Reader, ...]:
     from .awq import AWQReader
     from .compressed_tensors import CompressedTensorsReader
     from .gptq import GPTQReader
+    from .nncf import NNCFReader
+    from .torchao import TorchAOReader
 
-    return CompressedTensorsReader(), GPTQReader(), AWQReader()
+    return CompressedTensorsReader(), GPTQReader(), AWQReader(), TorchAOReader(), NNCFReader()
 
 
 def find_reader(config: Mapping[str, Any] | None) -> Reader | None:
@@ -92,6 +96,7 @@ def prepare_model(
         raise SCAPError(f"checkpoints quantized by {config.get('quant_method')} are not read")
     reader.check(config)
     headers = Headers(files)
+    keep_metadata(model, reader.kept_metadata(headers.metadata))
     stored = headers.layers(reader.marker)
     if not stored:
         raise SCAPError(
@@ -111,6 +116,16 @@ def prepare_model(
         setattr(model.get_submodule(parent), name, replacement)
     for path, module in model.named_modules():
         check_weight_is_there(path, module, headers)
+
+
+def keep_metadata(model: Any, metadata: dict[str, str]) -> None:
+    """Remembers what the header of a file of `model` is to say when it is saved."""
+    model._scap_file_metadata = metadata
+
+
+def kept_metadata(model: Any) -> dict[str, str]:
+    """What `keep_metadata` remembers."""
+    return getattr(model, "_scap_file_metadata", {})
 
 
 def check_weight_is_there(path: str, module: nn.Module, headers: Headers) -> None:
@@ -156,17 +171,24 @@ def adopt_layers(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         SCAPError: naming the layer whose weights are not read; earlier ones are changed then.
     """
+    mark_layers(model)
     found = {path: (module, adopted(module, path)) for path, module in model.named_modules()}
     for path, (module, what) in found.items():
         if what is None:
             continue
-        for name in ("forward", "_old_forward", "quantization_scheme", "quantization_status"):
+        bound = types.MethodType(QuantizedLinear.forward, module)
+        if "_old_forward" in vars(module):  # accelerate calls what it found when its hook was added
+            module._old_forward = bound
+        else:
+            module.__dict__.pop("forward", None)
+        for name in ("quantization_scheme", "quantization_status"):
             module.__dict__.pop(name, None)
         module._parameters.clear()
         module._buffers.clear()
         module.__class__ = QuantizedLinear
         QuantizedLinear.become(module, *what.layer[1:], what.bias, what.storage, dtype, path)
-        module.take(what.tensors)  # type: ignore[operator]
+        module.take(what.tensors)
+    release(model)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -97,6 +97,14 @@ class Reader(ABC):
         """
         return None
 
+    def kept_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Those of the metadata of a file that belong to the checkpoint."""
+        return {}
+
+    def made_metadata(self, model: nn.Module) -> dict[str, str]:
+        """The same, of a model in memory that the format's own library made."""
+        return {}
+
     def saved_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The `quantization_config` of the checkpoint that a model with this one is saved as."""
         return dict(config)

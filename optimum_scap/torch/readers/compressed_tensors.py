@@ -13,14 +13,14 @@
 (compressed_tensors/compressors/pack_quantized, naive_quantized, quantization/lifecycle/forward.py)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import SCAPError
-from ..quantized import StoredTensor
+from ..quantized import Storage, StoredTensor
 from ..weights import IntegerWeights
 from ..weights.integers import BITS, SCALE_DTYPES, dequantize
 from .base import Adopted, LayerShape, LayerStorage, Reader, expect, pack_bits, stored_as, unpack_bits
@@ -36,6 +36,8 @@ class _Storage(LayerStorage):
         self._layer = layer
         self._bits = bits
         self._is_packed = "weight_packed" in tensors
+        group_size = None if groups == 1 else layer.in_features // groups
+        self.scheme = (bits, group_size, "weight_zero_point" not in tensors)
 
     def read(self, tensors: Mapping[str, Tensor]) -> IntegerWeights:
         origin = 1 << self._bits - 1
@@ -72,6 +74,48 @@ class _Storage(LayerStorage):
         elif zero_points is not None:
             found["weight_zero_point"] = _to_signed(zero_points, origin)
         return {name: found[name] for name in self.tensors}
+
+
+def packed_storage(layer: LayerShape, weights: IntegerWeights) -> _Storage:
+    """How `pack-quantized` stores weights that come from elsewhere."""
+    return _Storage(layer, weights.bits, _kinds(layer, weights, is_packed=True))
+
+
+def packed_config(layers: Mapping[str, Storage], others: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a `pack-quantized` checkpoint.
+
+    Args:
+        layers: the quantized layers by path, stored as `packed_storage` says.
+        others: paths of the nn.Linear that are not quantized.
+    """
+    schemes: dict[tuple[int, int | None, bool], list[str]] = {}
+    for path, storage in layers.items():
+        assert isinstance(storage, _Storage)
+        schemes.setdefault(storage.scheme, []).append(path)
+    groups = {}
+    for number, ((bits, group_size, symmetric), paths) in enumerate(schemes.items()):
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(schemes) == 1 else paths,
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "channel" if group_size is None else "group",
+                "group_size": group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(others),
+        "kv_cache_scheme": None,
+    }
 
 
 class CompressedTensorsReader(Reader):
