@@ -43,6 +43,9 @@ def export_checkpoint(
     device: str = "auto",
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
+    weight_format: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
     on_calibrated: Callable[[SCAPParameters], None] | None = None,
 ) -> None:
     """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
@@ -56,6 +59,8 @@ def export_checkpoint(
         device: `auto` (GPUs where there are any, spread by accelerate), or a torch device such as `cpu` or `cuda:0`.
         trust_remote_code: whether the model may bring code of its own.
         options: further arguments for from_pretrained, such as revision or cache_dir.
+        weight_format, group_size, symmetric: how to quantize the weights of a float model first, see
+            `torch.quantize.quantize_weights`; None leaves them as they are.
         on_calibrated: is given what the calibration found before anything is written.
 
     Raises:
@@ -75,6 +80,10 @@ def export_checkpoint(
 
     options = {**(options or {}), "trust_remote_code": trust_remote_code}
     loaded = load_model(model, task, dtype, device, options)
+    if weight_format is not None:
+        from .torch.quantize import quantize_weights
+
+        quantize_weights(loaded, weight_format, group_size, symmetric)  # type: ignore[arg-type]
     check_space(output, bytes_to_save(loaded))
     with valid_generation_config(loaded) as changed:
         check_can_be_saved(loaded)

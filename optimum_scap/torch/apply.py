@@ -144,12 +144,23 @@ def adopt(model: nn.Module) -> dict[str, Any] | None:
     if quantizer is not None and not kept_metadata(inner):
         reader = find_reader(quantizer.quantization_config.to_dict())
         keep_metadata(inner, {} if reader is None else reader.made_metadata(inner))
+        _forget_conversions(inner, quantizer)
     adopt_layers(inner, _dtype_of(inner))
-    storages = {path: module.scap_storage for path, module in saved_modules(model) if isinstance(module, QuantizedLinear)}
+    storages = {
+        path: module.scap_storage for path, module in saved_modules(model) if isinstance(module, QuantizedLinear)
+    }
     if source is None and storages:
         others = [path for path, module in saved_modules(model) if isinstance(module, nn.Linear)]
         return packed_config(storages, others)
     return source
+
+
+def _forget_conversions(model: Any, quantizer: Any) -> None:
+    """transformers converts what it saves back by what it converted on loading; the quantizer's part is done here."""
+    done = {tuple(conversion.source_patterns) for conversion in quantizer.get_weight_conversions()}
+    conversions = getattr(model, "_weight_conversions", None)
+    if done and conversions is not None:
+        model._weight_conversions = [one for one in conversions if tuple(one.source_patterns) not in done]
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

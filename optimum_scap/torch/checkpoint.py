@@ -99,6 +99,8 @@ def load_model(model: str, task: str, dtype: str, device: str, options: dict[str
     import torch
     from optimum.exporters.tasks import TasksManager
 
+    from .readers import find_reader
+
     check_model_exists(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise SCAPError(f"model folder {model} has no config.json: it holds no transformers model")
@@ -114,7 +116,10 @@ def load_model(model: str, task: str, dtype: str, device: str, options: dict[str
         options = {**options, "device_map": "auto"}
     elif device != "auto":
         options = {**options, "device_map": device}
+    read_here = find_reader(quantization) is not None
     try:
+        if read_here:
+            options = {**options, "config": config_for_reading(model, options)}
         # Nothing but safetensors is read: other formats can run code while they are opened.
         loaded, info = model_class.from_pretrained(
             model, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -126,9 +131,33 @@ def load_model(model: str, task: str, dtype: str, device: str, options: dict[str
         kind = f"{quantization.get('quant_method')} model" if quantization is not None else "model"
         raise SCAPError(f"{kind} {model} cannot be loaded: {first_line(error)}{hint}") from error
     # Where the weights are quantized transformers' own quantizer says what belongs to them.
-    if quantization is None or quantization.get("quant_method") == QUANT_METHOD:
+    if quantization is None or quantization.get("quant_method") == QUANT_METHOD or read_here:
         check_loaded(loaded, info, model)
     return loaded
+
+
+def config_for_reading(model: str, options: dict[str, Any] | None = None) -> Any:
+    """The config of a quantized model that has its checkpoint read here, without the library that quantized it.
+
+    Args:
+        model: a folder or the id of a model on the hub.
+        options: further arguments for from_pretrained.
+
+    Raises:
+        SCAPError: if the model is not quantized, or by a method that is not read.
+    """
+    from transformers import AutoConfig
+
+    from .readers import find_reader
+
+    options = options or {}
+    quantization = _quantization(model, options)
+    if find_reader(quantization) is None:
+        method = None if quantization is None else quantization.get("quant_method")
+        raise SCAPError(f"model {model} is " + ("not quantized" if method is None else f"of the method {method}"))
+    config = AutoConfig.from_pretrained(model, **options)
+    config.quantization_config = {"quant_method": QUANT_METHOD, "quantization_config": quantization}
+    return config
 
 
 def _quantization(model: str, options: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """AWQ checkpoints in AutoAWQ's `gemm` layout.
 
-    qweight  [in, out / 8] int32: integers of eight neighboring output channels, in the order 0, 2, 4, 6, 1, 3, 5, 7 from
-             the lowest bits on
+    qweight  [in, out / 8] int32: integers of eight neighboring output channels, from the lowest bits on in the order
+             0, 2, 4, 6, 1, 3, 5, 7
     qzeros   [groups, out / 8] int32: zero points, in the same order
     scales   [groups, out]
 

@@ -163,7 +163,7 @@ def groups_of(layer: LayerShape, group_size: int | None) -> int:
         return 1
     if layer.in_features % group_size != 0:
         raise SCAPError(
-            f"layer {layer.path}: its {layer.in_features} input channels are no multiple of the group size {group_size}"
+            f"layer {layer.path}: the group size {group_size} does not divide its {layer.in_features} input channels"
         )
     return layer.in_features // group_size
 

@@ -3,8 +3,8 @@
     weight_packed      [out, ceil(in * bits / 32)] int32: integers from 0 on, those of the lowest input channels lowest
     weight             [out, in] int8, instead, of `int-quantized`
     weight_scale       [out, groups]
-    weight_zero_point  asymmetric: int8 [out, groups]; of `pack-quantized` packed along the output channels, [out * bits
-                       / 32, groups] int32
+    weight_zero_point  asymmetric: int8 [out, groups]; of `pack-quantized` packed along the output channels,
+                       [out * bits / 32, groups] int32
     weight_shape       [2] int64, out and in; of `pack-quantized`
     weight_g_idx       [in] int32, where channels were ordered by activations
 
@@ -170,7 +170,7 @@ class CompressedTensorsReader(Reader):
         groups = scale.shape[1] if scale is not None and len(scale.shape) == 2 else 1
         if groups > 1 and layer.in_features % groups != 0:
             raise SCAPError(
-                f"{layer.path}.weight_scale has {groups} groups, which do not divide {layer.in_features} input channels"
+                f"{layer.path}.weight_scale has {groups} groups, which {layer.in_features} input channels cannot form"
             )
         wanted: dict[str, tuple[tuple[int, ...], Any]] = {"weight_scale": ((out_features, groups), SCALE_DTYPES)}
         if packed is not None:

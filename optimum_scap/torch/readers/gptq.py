@@ -53,7 +53,7 @@ class _Storage(LayerStorage):
             return IntegerWeights(bits, (integers - origin).view(torch.int8), scales)  # uint8 wraps around
         if less and bool((zero_points == (1 << bits) - 1).any()):
             raise ValueError(
-                f"qzeros has zero points of {1 << bits}, which programs read differently, as 0 or as they are: convert "
+                f"qzeros has zero points of {1 << bits}, which some programs read as they are and some as 0: convert "
                 "the checkpoint to gptq_v2"
             )
         return IntegerWeights(bits, integers, scales, (zero_points + less).contiguous())

@@ -1,10 +1,10 @@
 """Models whose weights `nncf.compress_weights` compressed in memory.
 
-NNCF leaves integers in the place of the weights, and decompresses them by functions that it hooks behind the reading of
-a parameter: INT8 `[out, in]` with scales `[out, 1]`, INT4 two to a byte with scales `[out, groups, 1]`, float16. There
-is no checkpoint of its own for transformers models: such a model is saved as compressed-tensors' `pack-quantized`, with
-the integers, zero points and scales that NNCF found. Where it compressed an embedding, or a weight that two layers
-share, the weights are saved multiplied out.
+NNCF leaves integers in the place of the weights, and decompresses them by functions that it hooks behind the reading
+of a parameter: INT8 `[out, in]` with scales `[out, 1]`, INT4 two to a byte with scales `[out, groups, 1]`, float16.
+There is no checkpoint of its own for transformers models: such a model is saved as compressed-tensors'
+`pack-quantized`, with the integers, zero points and scales that NNCF found. Where it compressed an embedding, or a
+weight that two layers share, the weights are saved multiplied out.
 
 (nncf/torch/quantization/layers.py)
 """
@@ -33,7 +33,7 @@ _MARK = "_scap_nncf_decompressor"
 
 
 def compressors(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str, nn.Module]]:
-    """What NNCF hooked behind parameters: (the model, the key of the hook, the module, the parameter, the function)."""
+    """What NNCF hooked behind parameters: the model, the key of the hook, the module, the parameter, the function."""
     layers = getattr(sys.modules.get("nncf.torch.quantization.layers"), "BaseWeightsDecompressor", None)
     if layers is None:
         return
