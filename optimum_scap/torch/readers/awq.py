@@ -56,7 +56,8 @@ class AWQReader(Reader):
         bits = config.get("bits", config.get("w_bit", BITS))
         if bits != BITS:
             raise SCAPError(f"AWQ checkpoints of {bits} bits are not read, only of 4")
-        version = str(config.get("version", config.get("format", "gemm"))).lower()
+        named = (config.get(name) for name in ("version", "checkpoint_format", "format"))
+        version = str(next((name for name in named if name is not None), "gemm")).lower()
         if version != "gemm":
             raise SCAPError(f"AWQ checkpoints of version {version} are not read, only gemm")
         if config.get("zero_point") is False:

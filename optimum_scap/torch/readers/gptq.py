@@ -1,8 +1,9 @@
 """GPTQ checkpoints, of AutoGPTQ, GPT-QModel, optimum and llm-compressor's predecessors.
 
     qweight  [in * bits / 32, out] int32: integers of neighboring input channels, from the lowest bits on
-    qzeros   [groups, out * bits / 32] int32: zero points of neighboring output channels; less one in the first version
-             (`checkpoint_format` "gptq"), as they are in the second ("gptq_v2")
+    qzeros   [groups, out * bits / 32] int32: zero points of neighboring output channels; in the first version
+             (`checkpoint_format` "gptq") less one each, subtracted from the whole word, as GPT-QModel does: a zero
+             point of 0 borrows from its neighbor. As they are in the second version ("gptq_v2")
     scales   [groups, out]
     g_idx    [in] int32: the group of each input channel
 
@@ -26,17 +27,18 @@ from .base import LayerShape, LayerStorage, Reader, expect, groups_of, pack_bits
 
 class _Storage(LayerStorage):
     def __init__(
-        self, layer: LayerShape, bits: int, less: int, symmetric: bool, tensors: Mapping[str, StoredTensor]
+        self, layer: LayerShape, bits: int, is_less: bool, symmetric: bool, tensors: Mapping[str, StoredTensor]
     ) -> None:
         (groups, _), dtype = tensors["scales"]
         super().__init__(tensors, (bits, groups, dtype, symmetric))
         self._symmetric = symmetric
         self._layer = layer
         self._bits = bits
-        self._less = less
+        # One in every integer of a word, in int32.
+        self._less = sum(1 << place for place in range(0, 32, bits)) if is_less else 0
 
     def read(self, tensors: Mapping[str, Tensor]) -> IntegerWeights:
-        bits, less = self._bits, self._less
+        bits = self._bits
         g_idx = tensors.get("g_idx")
         if g_idx is not None and not torch.equal(g_idx, self._g_idx(g_idx.dtype, g_idx.device)):
             raise ValueError(
@@ -44,19 +46,14 @@ class _Storage(LayerStorage):
                 "act-order), which needs another order of the input; quantize with desc_act=False"
             )
         integers = unpack_bits(tensors["qweight"].t().contiguous(), bits)
-        zero_points = unpack_bits(tensors["qzeros"], bits).t()
+        zero_points = unpack_bits(tensors["qzeros"] + self._less, bits).t()
         scales = tensors["scales"].t().contiguous()
         origin = 1 << bits - 1
         if self._symmetric:
-            if bool((zero_points != origin - less).any()):
+            if bool((zero_points != origin).any()):
                 raise ValueError(f"qzeros has other zero points than {origin}, though the config says sym")
             return IntegerWeights(bits, (integers - origin).view(torch.int8), scales)  # uint8 wraps around
-        if less and bool((zero_points == (1 << bits) - 1).any()):
-            raise ValueError(
-                f"qzeros has zero points of {1 << bits}, which some programs read as they are and some as 0: convert "
-                "the checkpoint to gptq_v2"
-            )
-        return IntegerWeights(bits, integers, scales, (zero_points + less).contiguous())
+        return IntegerWeights(bits, integers, scales, zero_points.contiguous())
 
     def write(self, weights: IntegerWeights) -> dict[str, Tensor]:
         bits, integers, scales, zero_points = weights
@@ -64,10 +61,9 @@ class _Storage(LayerStorage):
             origin = 1 << bits - 1
             integers = integers.view(torch.uint8) + origin
             zero_points = torch.full_like(scales, origin, dtype=torch.uint8)
-        stored = zero_points - self._less
         found = {
             "qweight": pack_bits(integers, bits).t().contiguous(),
-            "qzeros": pack_bits(stored.t().contiguous(), bits),
+            "qzeros": pack_bits(zero_points.t().contiguous(), bits) - self._less,
             "scales": scales.t().contiguous(),
         }
         if "g_idx" in self.tensors:
@@ -116,5 +112,5 @@ class GPTQReader(Reader):
             wanted["g_idx"] = ((layer.in_features,), (torch.int32, torch.int64))
         elif config.get("desc_act"):
             raise SCAPError(f"{layer.path}.g_idx is missing, and desc_act says that the order of channels matters")
-        less = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-        return _Storage(layer, bits, less, config.get("sym") is True, expect(layer, stored, wanted))
+        is_less = config.get("checkpoint_format") != "gptq_v2"
+        return _Storage(layer, bits, is_less, config.get("sym") is True, expect(layer, stored, wanted))

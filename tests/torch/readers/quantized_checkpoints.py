@@ -39,7 +39,9 @@ def float_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
             if parameter.dim() == 2:
                 parameter.normal_(std=2.0 / max(parameter.shape) ** 0.5)
     model.model.embed_tokens.weight.data.normal_()
-    return model.to(dtype)
+    for parameter in model.parameters():  # not the tables of rotary embeddings, which stay float32 when it is loaded
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def write_compressed_tensors(folder: Path, bits: int, symmetric: bool, group_size: int | None, form: str) -> None:
@@ -98,7 +100,7 @@ def round_to_nearest(weight: torch.Tensor, bits: int, symmetric: bool) -> tuple[
     else:
         low, high = np.minimum(values.min(axis=-1), 0), np.maximum(values.max(axis=-1), 0)
         scales = (high - low) / most
-        zero_points = np.clip(np.round(-low / scales), 1, most)
+        zero_points = np.clip(np.round(-low / scales), 0, most)
     scales = scales.astype(np.float16)
     integers = np.clip(np.round(values / scales[..., None]) + zero_points[..., None], 0, most)
     return integers.reshape(weight.shape).astype(np.int64), scales, zero_points.astype(np.int64)
@@ -121,17 +123,21 @@ def gptq_tensors(weight: torch.Tensor, bits: int, symmetric: bool, less: int, or
     q, scales, zeros = round_to_nearest(weight, bits, symmetric)
     (out_features, in_features), per_word = q.shape, 32 // bits
     groups = np.arange(in_features) // GROUP_SIZE if order is None else order
+    if not symmetric:
+        zeros[::5, ::2] = 0  # which borrow from their neighbors in the first version
+    ones = sum(less << place for place in range(0, 32, bits))
+    qzeros = int32(
+        in_features // GROUP_SIZE,
+        out_features // per_word,
+        lambda row, column: [(zeros[column * per_word + n, row], n * bits) for n in range(per_word)],
+    )
     return {
         "qweight": int32(
             in_features // per_word,
             out_features,
             lambda row, column: [(q[column, row * per_word + n], n * bits) for n in range(per_word)],
         ),
-        "qzeros": int32(
-            in_features // GROUP_SIZE,
-            out_features // per_word,
-            lambda row, column: [(zeros[column * per_word + n, row] - less, n * bits) for n in range(per_word)],
-        ),
+        "qzeros": torch.from_numpy((qzeros.numpy().view(np.uint32) - np.uint32(ones)).view(np.int32)),
         "scales": torch.from_numpy(scales.T.copy()),
         "g_idx": torch.from_numpy(groups.astype(np.int32)),
         "": (q - zeros[:, groups]) * scales[:, groups].astype(np.float64),
