@@ -51,7 +51,7 @@ def export_checkpoint(
     """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
 
     Args:
-        model: a folder or the id of a model on the hub.
+        model: a folder, a GGUF file with the model's tokenizer beside it, or the id of a model on the hub.
         output: an empty folder.
         what: what to prune and how to calibrate, or parameters to apply without calibration.
         task: the optimum task; `auto` reads it from config.json.
@@ -69,7 +69,7 @@ def export_checkpoint(
     """
     # What a folder holds is read without torch.
     from .torch.apply import read_parameters
-    from .torch.checkpoint import copy_preprocessors, load_model
+    from .torch.checkpoint import copy_preprocessors, load_model, readable_folder
     from .torch.saving import (
         bytes_to_save,
         check_can_be_saved,
@@ -79,23 +79,24 @@ def export_checkpoint(
     )
 
     options = {**(options or {}), "trust_remote_code": trust_remote_code}
-    loaded = load_model(model, task, dtype, device, options)
-    if weight_format is not None:
-        from .torch.quantize import quantize_weights
+    with readable_folder(model, dtype) as model:
+        loaded = load_model(model, task, dtype, device, options)
+        if weight_format is not None:
+            from .torch.quantize import quantize_weights
 
-        quantize_weights(loaded, weight_format, group_size, symmetric)  # type: ignore[arg-type]
-    check_space(output, bytes_to_save(loaded))
-    with valid_generation_config(loaded) as changed:
-        check_can_be_saved(loaded)
-        sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
-        found = read_parameters(loaded)
-        if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
-            on_calibrated(found)
-        with saving_to(output):
-            loaded.save_pretrained(output)
-            copy_preprocessors(model, output, trust_remote_code)
-            if changed:
-                keep_generation_config(model, output, options)
+            quantize_weights(loaded, weight_format, group_size, symmetric)  # type: ignore[arg-type]
+        check_space(output, bytes_to_save(loaded))
+        with valid_generation_config(loaded) as changed:
+            check_can_be_saved(loaded)
+            sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
+            found = read_parameters(loaded)
+            if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
+                on_calibrated(found)
+            with saving_to(output):
+                loaded.save_pretrained(output)
+                copy_preprocessors(model, output, trust_remote_code)
+                if changed:
+                    keep_generation_config(model, output, options)
 
 
 def sparsify_folder(

@@ -18,7 +18,7 @@ class TorchExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.add_argument("-m", "--model", required=True, help="Folder or hub id of the transformers model.")
+        parser.add_argument("-m", "--model", required=True, help="Folder, hub id or GGUF file of the model.")
         parser.add_argument("output", type=Path, help="Folder to write the sparse checkpoint to.")
         parser.add_argument("--task", default="auto", help="Task of the model; by default taken from its config.json.")
         parser.add_argument(

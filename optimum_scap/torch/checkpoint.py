@@ -1,6 +1,9 @@
 """PyTorch checkpoints: what a folder holds, and loading the model in it."""
 
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,12 @@ from ..core.parameters import QUANT_METHOD, SCAPParameters
 from ..core.sites import layers_in_one_block
 from ..errors import SCAPError, first_line, raise_interruption_behind
 from ..tasks import check_model_exists, infer_task
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"),
+)
 
 
 def is_torch_folder(folder: Path) -> bool:
@@ -134,6 +143,38 @@ def load_model(model: str, task: str, dtype: str, device: str, options: dict[str
     if quantization is None or quantization.get("quant_method") == QUANT_METHOD or read_here:
         check_loaded(loaded, info, model)
     return loaded
+
+
+@contextmanager
+def readable_folder(model: str, dtype: str) -> Iterator[str]:
+    """Where `model` can be loaded from: itself, or, of a GGUF file, a folder that it is converted to meanwhile.
+
+    Args:
+        model: a folder, an id, or a GGUF file with the model's tokenizer beside it.
+        dtype: of what is not quantized in a GGUF file; float16 for `auto`.
+
+    Raises:
+        SCAPError: if the GGUF file cannot be read, or there is no tokenizer.
+    """
+    file = Path(model)
+    if file.suffix != ".gguf" or not file.is_file():
+        yield model
+        return
+    import torch
+
+    from .readers.gguf import convert_gguf
+
+    beside = [file.parent / name for name in _TOKENIZER_FILES if (file.parent / name).is_file()]
+    if not beside:
+        raise SCAPError(
+            f"{file}: there is no tokenizer.json beside it; put the files of the original model's tokenizer there, "
+            "since transformers builds another one from some GGUF files"
+        )
+    with tempfile.TemporaryDirectory(prefix="optimum-scap-gguf-") as folder:
+        convert_gguf(file, Path(folder), torch.float16 if dtype == "auto" else getattr(torch, dtype))
+        for found in beside:
+            shutil.copyfile(found, Path(folder) / found.name)
+        yield folder
 
 
 def config_for_reading(model: str, options: dict[str, Any] | None = None) -> Any:

@@ -26,6 +26,18 @@ WeightFormat = Literal["int8", "int4"]
 DEFAULT_GROUP_SIZE = 128
 
 
+class _Alone(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[rows, in_features]` to `[rows, out_features]`."""
+        return self.layer(x)
+
+
 @torch.no_grad()
 def quantize_weights(
     model: nn.Module, weight_format: WeightFormat, group_size: int | None = None, symmetric: bool = False
@@ -63,7 +75,7 @@ def quantize_weights(
     try:
         for path, module in layers.items():
             dtype = module.weight.dtype
-            alone = nn.Sequential(module)
+            alone = _Alone(module)
             x = torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device)
             try:
                 nncf.compress_weights(alone, mode=mode, dataset=nncf.Dataset([x]), **fields)

@@ -25,11 +25,12 @@ def readers() -> tuple[Reader, ...]:
     """Every kind of quantized checkpoint that is read."""
     from .awq import AWQReader
     from .compressed_tensors import CompressedTensorsReader
+    from .gguf import GGUFReader
     from .gptq import GPTQReader
     from .nncf import NNCFReader
     from .torchao import TorchAOReader
 
-    return CompressedTensorsReader(), GPTQReader(), AWQReader(), TorchAOReader(), NNCFReader()
+    return CompressedTensorsReader(), GPTQReader(), AWQReader(), TorchAOReader(), GGUFReader(), NNCFReader()
 
 
 def find_reader(config: Mapping[str, Any] | None) -> Reader | None:

@@ -32,12 +32,13 @@ FORMATS = ("pack-quantized", "int-quantized")
 class _Storage(LayerStorage):
     def __init__(self, layer: LayerShape, bits: int, tensors: Mapping[str, StoredTensor]) -> None:
         (_, groups), dtype = tensors["weight_scale"]
-        super().__init__(tensors, (bits, layer.in_features // groups, dtype, "weight_zero_point" in tensors))
+        zeros = [name for name in ("weight_zero_point", "weight_offset") if name in tensors]
+        super().__init__(tensors, (bits, layer.in_features // groups, dtype, *zeros))
         self._layer = layer
         self._bits = bits
         self._is_packed = "weight_packed" in tensors
         group_size = None if groups == 1 else layer.in_features // groups
-        self.scheme = (bits, group_size, "weight_zero_point" not in tensors)
+        self.scheme = (bits, group_size, not zeros)
 
     def read(self, tensors: Mapping[str, Tensor]) -> IntegerWeights:
         origin = 1 << self._bits - 1
@@ -50,6 +51,8 @@ class _Storage(LayerStorage):
             unsigned = _from_signed(tensors["weight"], origin)
         zero_points = tensors.get("weight_zero_point")
         scales = tensors["weight_scale"].contiguous()
+        if "weight_offset" in tensors:
+            return IntegerWeights(self._bits, unsigned.contiguous(), scales, tensors["weight_offset"].contiguous())
         if zero_points is None:
             return IntegerWeights(self._bits, _to_signed(unsigned, origin), scales)
         if self._is_packed:
@@ -69,7 +72,10 @@ class _Storage(LayerStorage):
             found["weight_shape"] = torch.tensor(shape, dtype=self.tensors["weight_shape"].dtype, device=scales.device)
         else:
             found["weight"] = _to_signed(unsigned, origin)
-        if zero_points is not None and self._is_packed:
+        if "weight_offset" in self.tensors:
+            assert zero_points is not None
+            found["weight_offset"] = zero_points
+        elif zero_points is not None and self._is_packed:
             found["weight_zero_point"] = pack_bits(zero_points.t().contiguous(), bits).t().contiguous()
         elif zero_points is not None:
             found["weight_zero_point"] = _to_signed(zero_points, origin)
@@ -120,7 +126,7 @@ def packed_config(layers: Mapping[str, Storage], others: Iterable[str]) -> dict[
 
 class CompressedTensorsReader(Reader):
     name = "compressed-tensors"
-    methods = ("compressed-tensors", "compressed_tensors")
+    methods: tuple[str, ...] = ("compressed-tensors", "compressed_tensors")
     marker = "weight_scale"
 
     def check(self, config: Mapping[str, Any]) -> None:
@@ -183,6 +189,8 @@ class CompressedTensorsReader(Reader):
                 wanted["weight_zero_point"] = ((-(-out_features * bits // 32), groups), torch.int32)
             else:
                 wanted["weight_zero_point"] = ((out_features, groups), torch.int8)
+        if "weight_offset" in stored:
+            wanted["weight_offset"] = ((out_features, groups), SCALE_DTYPES)
         return _Storage(layer, bits, expect(layer, stored, wanted))
 
     def adopt(self, module: nn.Module, path: str) -> Adopted | None:
@@ -218,7 +226,9 @@ def _kinds(layer: LayerShape, weights: IntegerWeights, is_packed: bool) -> dict[
         found["weight_shape"] = StoredTensor((2,), torch.int64)
     else:
         found["weight"] = StoredTensor(tuple(integers.shape), torch.int8)
-    if zero_points is not None and is_packed:
+    if zero_points is not None and zero_points.is_floating_point():
+        found["weight_offset"] = StoredTensor((out_features, groups), zero_points.dtype)
+    elif zero_points is not None and is_packed:
         found["weight_zero_point"] = StoredTensor((-(-out_features * bits // 32), groups), torch.int32)
     elif zero_points is not None:
         found["weight_zero_point"] = StoredTensor((out_features, groups), torch.int8)
