@@ -114,7 +114,9 @@ def load_model(model: str, task: str, dtype: str, device: str, options: dict[str
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise SCAPError(f"model folder {model} has no config.json: it holds no transformers model")
     quantization = _quantization(model, options)
-    check_quantization_method(quantization, model)
+    read_here = find_reader(quantization) is not None
+    if not read_here:
+        check_quantization_method(quantization, model)
     if task == "auto":
         task = infer_task(model, options["trust_remote_code"])
     try:
@@ -125,7 +127,6 @@ def load_model(model: str, task: str, dtype: str, device: str, options: dict[str
         options = {**options, "device_map": "auto"}
     elif device != "auto":
         options = {**options, "device_map": device}
-    read_here = find_reader(quantization) is not None
     try:
         if read_here:
             options = {**options, "config": config_for_reading(model, options)}
