@@ -39,7 +39,7 @@ def read_folder_parameters(folder: Path) -> SCAPParameters:
 
 
 def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
-    """What the sparse kernels of a checkpoint work on: {dtype: {(in_features, (out_features, ...))}}.
+    """What the sparse kernels of a checkpoint of float weights work on: {dtype: {(in_features, (out_features, ...))}}.
 
     Layers over one input (gate and up; q, k and v) run as one launch and make one entry with several out_features.
 
@@ -60,6 +60,8 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
         raise SCAPError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
     found: dict[Any, set[tuple[int, tuple[int, ...]]]] = {}
     parameters = read_folder_parameters(folder)
+    if parameters.quantization_config is not None:
+        return {}
     layers = parameters.layers
     absent = [path for path in layers if path not in shapes]
     if absent:
@@ -67,32 +69,74 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
     for path in _conv1d_layers(folder, layers):  # which hold their weights the other way round
         dtype, in_features, out_features = shapes[path]
         shapes[path] = (dtype, out_features, in_features)
-    families = layers_in_one_block(parameters.found_sites(), layers)
-    together = {path for family in families for path in family}
-    for family in [*families, *((path,) for path in layers if path not in together)]:
+    for family in _families(parameters):
         dtype, _, in_features = shapes[family[0]]
         found.setdefault(dtype, set()).add((in_features, tuple(shapes[path][1] for path in family)))
     return found
 
 
-def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
-    """Those of the `layers` that are a Conv1D in the model; the names alone do not tell GPT-2 from Starcoder2."""
+def integer_kernel_shapes(folder: Path) -> dict[tuple[int, int, Any], set[tuple[int, tuple[int, ...]]]]:
+    """As `kernel_shapes`, of a checkpoint of integer weights: by (bits, group size, dtype of the scales).
+
+    Raises:
+        SCAPError: if the checkpoint cannot be read.
+    """
+    from .quantized import QuantizedLinear
+    from .readers import prepare_model
+
+    parameters = read_folder_parameters(folder)
+    found: dict[tuple[int, int, Any], set[tuple[int, tuple[int, ...]]]] = {}
+    model = _model_without_weights(folder)
+    if parameters.quantization_config is None or model is None:
+        return found
+    import torch
+
+    prepare_model(model, parameters.quantization_config, sorted(folder.glob("*.safetensors")), torch.float32)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    for family in _families(parameters):
+        storages = [layers[path].scap_storage for path in family if path in layers]
+        together = len({storage.kind for storage in storages}) == 1
+        for paths in [family] if together and len(storages) == len(family) else [(path,) for path in family]:
+            if paths[0] in layers:
+                first = layers[paths[0]]
+                storage, in_features = first.scap_storage, first.in_features
+                key = (storage.bits, in_features // storage.groups, storage.scale_dtype)
+                found.setdefault(key, set()).add((in_features, tuple(layers[path].out_features for path in paths)))
+    return found
+
+
+def _families(parameters: SCAPParameters) -> list[tuple[str, ...]]:
+    """The pruned layers, those that run together in one."""
+    families = layers_in_one_block(parameters.found_sites(), parameters.layers)
+    together = {path for family in families for path in family}
+    return [*families, *((path,) for path in parameters.layers if path not in together)]
+
+
+def _model_without_weights(folder: Path) -> Any:
+    """The model on the meta device; None if its code is not part of transformers."""
     import torch
     import transformers
-
-    from .apply import find_modules
-    from .prunable import is_conv1d
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         model_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
         if model_class is None:
-            return []  # code that a model brings uses nn.Linear
+            return None
         with torch.device("meta"):
-            model = model_class(config)
+            return model_class(config)
     except Exception as error:  # a damaged config fails anywhere
         raise_interruption_behind(error)
         raise SCAPError(f"{folder}: config.json describes no model: {first_line(error)}") from error
+
+
+def _conv1d_layers(folder: Path, layers: Iterable[str]) -> list[str]:
+    """Those of the `layers` that are a Conv1D in the model; the names alone do not tell GPT-2 from Starcoder2."""
+    from .apply import find_modules
+    from .prunable import is_conv1d
+
+    model = _model_without_weights(folder)
+    if model is None:
+        return []  # code that a model brings uses nn.Linear
     modules = find_modules(model, layers)
     return [path for path in layers if is_conv1d(modules[path][0])]
 

@@ -29,13 +29,17 @@ class Storage(Protocol):
 
     Args:
         tensors: the names of its tensors below the path of the layer, and what they are. A bias is none of them.
+        bits: of an integer.
+        groups: of input channels that share a scale.
+        scale_dtype: of the scales.
     """
 
     tensors: Mapping[str, StoredTensor]
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What layers have in common that run in one launch: bits, group size, type of scales, kind of zero points."""
+    bits: int
+    groups: int
+    scale_dtype: torch.dtype
+    # What layers have in common that run in one launch: all of these, and the kind of zero points.
+    kind: tuple[Any, ...]
 
     def read(self, tensors: Mapping[str, Tensor]) -> IntegerWeights:
         """The weights.

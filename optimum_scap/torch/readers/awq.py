@@ -79,4 +79,4 @@ class AWQReader(Reader):
             "scales": ((groups, layer.out_features), SCALE_DTYPES),
         }
         found = expect(layer, stored, wanted)
-        return _Storage(found, (groups, found["scales"].dtype))
+        return _Storage(found, BITS, groups, found["scales"].dtype, "integers")

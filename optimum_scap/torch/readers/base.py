@@ -30,12 +30,20 @@ class LayerStorage(ABC):
 
     Args:
         tensors: what the checkpoint holds of the layer.
-        kind: what layers have in common that run in one launch.
+        bits: of an integer.
+        groups: of input channels that share a scale.
+        dtype: of the scales.
+        zero_points: of which kind they are.
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], kind: tuple[Any, ...]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], bits: int, groups: int, dtype: torch.dtype, zero_points: str
+    ) -> None:
         self.tensors = tensors
-        self.kind = kind
+        self.bits = bits
+        self.groups = groups
+        self.scale_dtype = dtype
+        self.kind = (bits, groups, dtype, zero_points)
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor]) -> IntegerWeights: ...

@@ -33,7 +33,7 @@ class _Storage(LayerStorage):
     def __init__(self, layer: LayerShape, bits: int, tensors: Mapping[str, StoredTensor]) -> None:
         (_, groups), dtype = tensors["weight_scale"]
         zeros = [name for name in ("weight_zero_point", "weight_offset") if name in tensors]
-        super().__init__(tensors, (bits, layer.in_features // groups, dtype, *zeros))
+        super().__init__(tensors, bits, groups, dtype, zeros[0] if zeros else "none")
         self._layer = layer
         self._bits = bits
         self._is_packed = "weight_packed" in tensors

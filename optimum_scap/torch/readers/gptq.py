@@ -30,7 +30,7 @@ class _Storage(LayerStorage):
         self, layer: LayerShape, bits: int, is_less: bool, symmetric: bool, tensors: Mapping[str, StoredTensor]
     ) -> None:
         (groups, _), dtype = tensors["scales"]
-        super().__init__(tensors, (bits, groups, dtype, symmetric))
+        super().__init__(tensors, bits, groups, dtype, "none" if symmetric else "integers")
         self._symmetric = symmetric
         self._layer = layer
         self._bits = bits

@@ -33,7 +33,7 @@ _PREFIX = "_weight_"
 class _Storage(LayerStorage):
     def __init__(self, layer: LayerShape, bits: int, symmetric: bool, tensors: Mapping[str, StoredTensor]) -> None:
         (_, groups), dtype = tensors[f"{_PREFIX}scale"]
-        super().__init__(tensors, (bits, groups, dtype, symmetric))
+        super().__init__(tensors, bits, groups, dtype, "none" if symmetric else "integers")
         self._bits = bits
         self._symmetric = symmetric
 
