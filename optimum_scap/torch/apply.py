@@ -18,6 +18,7 @@ from .prunable import hooked_by_nncf, is_linear, is_quantized, why_dense
 from .quantized import QuantizedLinear
 from .readers import adopt_layers, find_reader, keep_metadata, kept_metadata
 from .readers.compressed_tensors import packed_config
+from .readers.nncf import mark_layers
 from .saving import is_from_transformers
 from .wrappers import saved_modules, unwrap, why_adapter_forbids
 
@@ -35,6 +36,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
         SCAPError: naming the layer that the model does not have or that cannot be pruned; the model is untouched then.
     """
     check_is_dense(model)
+    mark_layers(unwrap(model))
     found = find_modules(model, parameters.layers)
     forbidden = why_adapter_forbids(model)
     vectors = {

@@ -73,6 +73,7 @@ KINDS = {
     "GPTQ v2": Kind(lambda folder: write_gptq(folder, checkpoint_format="gptq_v2"), 4, False),
     "AWQ": Kind(write_awq, 4, False),
 }
+NEEDS = {name: "torchao" for name in KINDS if name.startswith("torchao")}
 WITH_LIBRARY = [name for name, kind in KINDS.items() if kind.has_library]
 
 
@@ -82,6 +83,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
     made: dict[str, tuple[Path, Any]] = {}
 
     def get(name: str) -> tuple[Path, Any]:
+        if name in NEEDS:  # it slows every import of transformers down: not part of the environment of all tests
+            pytest.importorskip(NEEDS[name])
         if name not in made:
             folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
             made[name] = folder, KINDS[name].write(folder)
