@@ -4,22 +4,24 @@ NNCF chooses integers, scales and zero points; what is saved is compressed-tenso
 transformers, vLLM and others load.
 """
 
+import io
 import logging
 from collections import Counter
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import SCAPError, first_line
+from ..progress import ProgressBar
 from .prunable import is_conv1d, is_fully_connected
 from .quantized import QuantizedLinear
 from .readers import adopt_layers
 from .readers.nncf import mark_layers
 from .wrappers import saved_modules
 
-
-logger = logging.getLogger(__name__)
 
 WeightFormat = Literal["int8", "int4"]
 # As of `optimum-cli export openvino`.
@@ -54,8 +56,6 @@ def quantize_weights(
         SCAPError: naming the layer whose input channels the group size does not divide, or a model with nothing to
             quantize; the model is untouched then.
     """
-    import nncf
-
     if weight_format == "int8" and group_size is not None:
         raise SCAPError("--group-size is for int4: int8 has one scale per output channel")
     size = DEFAULT_GROUP_SIZE if group_size is None else group_size
@@ -70,22 +70,38 @@ def quantize_weights(
         for path, module in layers.items():
             check_group_size(path, module.in_features, size)
     mode, fields = _mode(weight_format, size, symmetric)
-    level = logging.getLogger("nncf").level
-    logging.getLogger("nncf").setLevel(logging.WARNING)  # a table per layer
-    try:
+    with _quiet_nncf(), ProgressBar("quantizing weights", len(layers)) as bar:
         for path, module in layers.items():
-            dtype = module.weight.dtype
-            alone = _Alone(module)
-            x = torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device)
-            try:
-                nncf.compress_weights(alone, mode=mode, dataset=nncf.Dataset([x]), **fields)
-            except (nncf.errors.ValidationError, nncf.errors.InternalError, ValueError, RuntimeError) as error:
-                raise SCAPError(f"layer {path} cannot be quantized: {first_line(error)}") from error
-            mark_layers(alone)
-            adopt_layers(alone, dtype)
-            module.scap_name = path  # type: ignore[assignment]
+            _quantize(path, module, mode, fields)
+            bar.advance()
+
+
+def _quantize(path: str, module: nn.Linear, mode: Any, fields: dict[str, Any]) -> None:
+    import nncf
+
+    dtype = module.weight.dtype
+    alone = _Alone(module)
+    x = torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device)
+    try:
+        with redirect_stdout(io.StringIO()):  # its bars
+            nncf.compress_weights(alone, mode=mode, dataset=nncf.Dataset([x]), **fields)
+    except (nncf.errors.ValidationError, nncf.errors.InternalError, ValueError, RuntimeError) as error:
+        raise SCAPError(f"layer {path} cannot be quantized: {first_line(error)}") from error
+    mark_layers(alone)
+    adopt_layers(alone, dtype)
+    module.scap_name = path  # type: ignore[assignment]
+
+
+@contextmanager
+def _quiet_nncf() -> Iterator[None]:
+    """It prints a table per model, which is per layer here."""
+    nncf_logger = logging.getLogger("nncf")
+    level = nncf_logger.level
+    nncf_logger.setLevel(logging.WARNING)
+    try:
+        yield
     finally:
-        logging.getLogger("nncf").setLevel(level)
+        nncf_logger.setLevel(level)
 
 
 def check_group_size(path: str, in_features: int, group_size: int) -> None:
@@ -115,7 +131,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear]:
     return found  # type: ignore[return-value]
 
 
-def _mode(weight_format: WeightFormat, group_size: int, symmetric: bool) -> tuple[object, dict[str, object]]:
+def _mode(weight_format: WeightFormat, group_size: int, symmetric: bool) -> tuple[Any, dict[str, Any]]:
     """NNCF's arguments."""
     from nncf import CompressWeightsMode
 
