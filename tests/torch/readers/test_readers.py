@@ -1,6 +1,8 @@
 """Quantized checkpoints are read as they are: the same numbers as the format's own library has, and written back."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,3 +308,23 @@ def test_methods_that_are_not_read_are_named() -> None:
     model.config.quantization_config = {"quant_method": "hqq"}
     with pytest.raises(SCAPError, match=r"the model is quantized \(hqq\), which is not read"):
         sparsify_activations(model, "0.5", [IDS])
+
+
+def test_what_pytorch_does_with_a_model(checkpoints: Any) -> None:
+    """Copies, pickles, programs that are compiled or traced, and gradients."""
+    model = read(checkpoints("compressed-tensors int4 asymmetric")[0])
+    sparsify_activations(model, "0.5", [IDS])
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for ids in (IDS, IDS[:1, :1]):
+        torch.testing.assert_close(logits(compiled, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    block = model.model.layers[0].mlp
+    x = torch.randn(1, 20, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(block, x)
+        torch.testing.assert_close(traced(x), block(x), rtol=1e-4, atol=1e-5)
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
