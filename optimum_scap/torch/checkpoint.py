@@ -246,6 +246,20 @@ def config_for_reading(model: str, options: dict[str, Any] | None = None) -> Any
     return config
 
 
+def make_dense(config: Any) -> None:
+    """Has the config of a model load without pruning; its integer weights, if it has such, are read here."""
+    fields = getattr(config, "quantization_config", None)
+    if fields is None:
+        return
+    from .readers import find_reader
+
+    source = fields.get("quantization_config") if fields.get("quant_method") == QUANT_METHOD else fields
+    if find_reader(source) is None:
+        del config.quantization_config
+    else:
+        config.quantization_config = {"quant_method": QUANT_METHOD, "quantization_config": source}
+
+
 def _quantization(model: str, options: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization_config in the config.json of `model`, if there is one."""
     from transformers import PretrainedConfig

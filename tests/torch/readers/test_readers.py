@@ -328,3 +328,21 @@ def test_what_pytorch_does_with_a_model(checkpoints: Any) -> None:
     model.train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_what_measures_sparse_models_knows_integer_weights(checkpoints: Any, tmp_path: Path) -> None:
+    from optimum_scap.evaluation.sparsity import realized_by_torch
+    from optimum_scap.evaluation.torch_speed import load
+    from optimum_scap.torch.checkpoint import integer_kernel_shapes, kernel_shapes
+
+    folder, _ = checkpoints("GPTQ")
+    model = read(folder)
+    sparsify_activations(model, "0.5", [IDS])
+    model.save_pretrained(tmp_path)
+    found = realized_by_torch(model, [IDS])
+    assert {layer.weights for layer in found.layers.values()} == {64 * 128}
+    assert found.overall == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(logits(load(tmp_path, False, torch.device("cpu"))), logits(read(folder)))
+    assert torch.equal(logits(load(tmp_path, True, torch.device("cpu"))), logits(model))
+    shapes = {(64, (128, 128)), (128, (64,))}
+    assert kernel_shapes(tmp_path) == {} and integer_kernel_shapes(tmp_path) == {(4, 32, torch.float16): shapes}
