@@ -112,7 +112,9 @@ def check_loaded(model: Any, info: Mapping[str, Any], source: str | Path) -> Non
 
 
 def _is_quantized(quantization: Any) -> bool:
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") != QUANT_METHOD
+    if not isinstance(quantization, Mapping):
+        return False
+    return quantization.get("quant_method") != QUANT_METHOD or quantization.get("quantization_config") is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -43,12 +43,15 @@ def export_checkpoint(
     device: str = "auto",
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
+    weight_format: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
     on_calibrated: Callable[[SCAPParameters], None] | None = None,
 ) -> None:
     """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
 
     Args:
-        model: a folder or the id of a model on the hub.
+        model: a folder, a GGUF file with the model's tokenizer beside it, or the id of a model on the hub.
         output: an empty folder.
         what: what to prune and how to calibrate, or parameters to apply without calibration.
         task: the optimum task; `auto` reads it from config.json.
@@ -56,6 +59,8 @@ def export_checkpoint(
         device: `auto` (GPUs where there are any, spread by accelerate), or a torch device such as `cpu` or `cuda:0`.
         trust_remote_code: whether the model may bring code of its own.
         options: further arguments for from_pretrained, such as revision or cache_dir.
+        weight_format, group_size, symmetric: how to quantize the weights of a float model first, see
+            `torch.quantize.quantize_weights`; None leaves them as they are.
         on_calibrated: is given what the calibration found before anything is written.
 
     Raises:
@@ -64,7 +69,7 @@ def export_checkpoint(
     """
     # What a folder holds is read without torch.
     from .torch.apply import read_parameters
-    from .torch.checkpoint import copy_preprocessors, load_model
+    from .torch.checkpoint import copy_preprocessors, load_model, readable_folder
     from .torch.saving import (
         bytes_to_save,
         check_can_be_saved,
@@ -74,19 +79,24 @@ def export_checkpoint(
     )
 
     options = {**(options or {}), "trust_remote_code": trust_remote_code}
-    loaded = load_model(model, task, dtype, device, options)
-    check_space(output, bytes_to_save(loaded))
-    with valid_generation_config(loaded) as changed:
-        check_can_be_saved(loaded)
-        sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
-        found = read_parameters(loaded)
-        if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
-            on_calibrated(found)
-        with saving_to(output):
-            loaded.save_pretrained(output)
-            copy_preprocessors(model, output, trust_remote_code)
-            if changed:
-                keep_generation_config(model, output, options)
+    with readable_folder(model, dtype) as model:
+        loaded = load_model(model, task, dtype, device, options)
+        if weight_format is not None:
+            from .torch.quantize import quantize_weights
+
+            quantize_weights(loaded, weight_format, group_size, symmetric)  # type: ignore[arg-type]
+        check_space(output, bytes_to_save(loaded))
+        with valid_generation_config(loaded) as changed:
+            check_can_be_saved(loaded)
+            sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
+            found = read_parameters(loaded)
+            if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
+                on_calibrated(found)
+            with saving_to(output):
+                loaded.save_pretrained(output)
+                copy_preprocessors(model, output, trust_remote_code)
+                if changed:
+                    keep_generation_config(model, output, options)
 
 
 def sparsify_folder(

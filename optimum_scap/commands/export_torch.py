@@ -6,6 +6,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..core.config import SCAPConfig
+from ..errors import SCAPError
 from .errors import errors_for_humans
 from .flags import add_scap_flags, what_to_apply
 from .kept import parameters_kept
@@ -17,7 +18,7 @@ class TorchExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.add_argument("-m", "--model", required=True, help="Folder or hub id of the transformers model.")
+        parser.add_argument("-m", "--model", required=True, help="Folder, hub id or GGUF file of the model.")
         parser.add_argument("output", type=Path, help="Folder to write the sparse checkpoint to.")
         parser.add_argument("--task", default="auto", help="Task of the model; by default taken from its config.json.")
         parser.add_argument(
@@ -32,11 +33,28 @@ class TorchExportCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--trust-remote-code", action="store_true", help="Allow code that the model brings with it."
         )
+        parser.add_argument(
+            "--weight-format",
+            choices=("int8", "int4"),
+            help=(
+                "Quantize the weights of a float model first, by NNCF; saved as compressed-tensors pack-quantized. "
+                "Default: weights stay as they are, quantized ones among them."
+            ),
+        )
+        parser.add_argument(
+            "--group-size",
+            type=int,
+            help="Input channels that share a scale of int4; -1 for one scale per output channel. Default: 128.",
+        )
+        parser.add_argument("--sym", action="store_true", help="Quantize symmetrically, without zero points.")
         add_scap_flags(parser, required=True)
 
     def run(self) -> None:
         args = self.args
         with errors_for_humans("optimum-cli export torch"):
+            if args.weight_format is None and (args.group_size is not None or args.sym):
+                flag = "--sym" if args.sym else "--group-size"
+                raise SCAPError(f"{flag} needs --weight-format, which says what to quantize to")
             what = what_to_apply(args)
             check_output_is_not_model(args.output, args.model)
             check_output(args.output)
@@ -57,6 +75,9 @@ class TorchExportCommand(BaseOptimumCLICommand):
                     device=args.device,
                     trust_remote_code=args.trust_remote_code,
                     options={name: value for name, value in given.items() if value is not None},
+                    weight_format=args.weight_format,
+                    group_size=args.group_size,
+                    symmetric=args.sym,
                     on_calibrated=keep,
                 )
         print(f"SCAP model written to {args.output}")

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -22,11 +23,12 @@ class SCAPTuneCommand(BaseOptimumCLICommand):
         with errors_for_humans("optimum-cli scap tune"):
             if not args.budget > 0:
                 raise SCAPError("--budget must be a positive number of seconds")
-            from ..torch.checkpoint import is_torch_folder, kernel_shapes
+            from ..torch.checkpoint import integer_kernel_shapes, is_torch_folder, kernel_shapes
 
             if not is_torch_folder(args.model):
                 raise SCAPError(f"model folder {args.model} holds no PyTorch checkpoint: there is nothing to tune")
             shapes = kernel_shapes(args.model)
+            integer_shapes = integer_kernel_shapes(args.model)
 
             import torch
 
@@ -37,8 +39,11 @@ class SCAPTuneCommand(BaseOptimumCLICommand):
             from ..torch.kernels.configurations import cache_file
             from ..torch.kernels.tuning import tune
 
-            for dtype, of_dtype in shapes.items():
-                found = tune(sorted(of_dtype), dtype, budget_seconds=args.budget / len(shapes))
+            jobs: list[tuple[Any, Any, dict[str, Any]]] = [(dtype, of_dtype, {}) for dtype, of_dtype in shapes.items()]
+            for (bits, group_size, dtype), of_kind in integer_shapes.items():
+                jobs.append((dtype, of_kind, {"format": f"int{bits}", "group_size": group_size}))
+            for dtype, together, options in jobs:
+                found = tune(sorted(together), dtype, budget_seconds=args.budget / len(jobs), **options)
                 for name, tuned in found.items():
                     print(f"{name}: {tuned.relative_time:.2f}x the time of the rule of thumb ({tuned.tried} tried)")
             print(f"kept in {cache_file()}")

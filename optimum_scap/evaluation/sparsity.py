@@ -127,7 +127,7 @@ def realized_by_openvino(model: "ov.Model", samples: Iterable[Any], total: int |
 def realized_by_torch(model: "nn.Module", samples: Iterable[Any]) -> RealizedSparsity:
     """The same for a torch model."""
     from ..torch.backend import measure_sparsity, pruned_layers, read_parameters
+    from ..torch.prunable import in_features, out_features
 
-    layers: dict[str, Any] = dict(pruned_layers(model))
-    weights = {path: layer.weight.numel() for path, layer in layers.items()}
+    weights = {path: in_features(layer) * out_features(layer) for path, layer in pruned_layers(model).items()}
     return realized(measure_sparsity(model, samples), weights, read_parameters(model))

@@ -14,6 +14,7 @@ from ..core.parameter_files import checkpoint_parameters
 from ..errors import SCAPError, first_line
 from ..torch.apply import apply_parameters
 from ..torch.blocks import has_replaced_dense_layers
+from ..torch.checkpoint import make_dense
 from .report import Quantity
 from .sparsity import RealizedSparsity, realized_by_torch
 from .speed import DENSE, PROMPT, SCAP, STOCK, Contestant, check_length, speed_quantities
@@ -61,8 +62,8 @@ def load(folder: Path, sparse: bool, device: torch.device, *, dense_layers: Dens
     """
     try:
         config = AutoConfig.from_pretrained(str(folder))
-        if not sparse and hasattr(config, "quantization_config"):
-            del config.quantization_config
+        if not sparse:
+            make_dense(config)
         elif sparse and dense_layers is not None:
             config.quantization_config = {**config.quantization_config, "dense_layers": dense_layers}
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), config=config, dtype="auto")
@@ -92,8 +93,8 @@ def _replaces_dense_layers(folder: Path) -> bool:
         SCAPError: if there is no such model.
     """
     parameters = checkpoint_parameters(folder)
-    if parameters is None:
-        return False
+    if parameters is None or parameters.quantization_config is not None:
+        return False  # layers of integer weights run here in any case
     try:
         config = AutoConfig.from_pretrained(str(folder))
         del config.quantization_config

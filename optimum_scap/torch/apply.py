@@ -1,8 +1,10 @@
 """Puts parameters on a torch model: layers of it prune their inputs, blocks run theirs together."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.parameters import QUANT_METHOD, SCAPParameters
@@ -12,7 +14,11 @@ from ..errors import SCAPError
 from .blocks import convert_blocks
 from .convert import check_vectors, convert
 from .linear import is_pruned
-from .prunable import hooked_by_nncf, is_linear, why_dense
+from .prunable import hooked_by_nncf, is_linear, is_quantized, why_dense
+from .quantized import QuantizedLinear
+from .readers import adopt_layers, find_reader, keep_metadata, kept_metadata
+from .readers.compressed_tensors import packed_config
+from .readers.nncf import mark_layers
 from .saving import is_from_transformers
 from .wrappers import saved_modules, unwrap, why_adapter_forbids
 
@@ -30,6 +36,7 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
         SCAPError: naming the layer that the model does not have or that cannot be pruned; the model is untouched then.
     """
     check_is_dense(model)
+    mark_layers(unwrap(model))
     found = find_modules(model, parameters.layers)
     forbidden = why_adapter_forbids(model)
     vectors = {
@@ -46,7 +53,8 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
                 reason = check_vectors(module, criterion, correction)
             if reason is not None:
                 raise SCAPError(f"layer {path} cannot be pruned: {reason}")
-    check_is_not_quantized(model, parameters)
+    if not from_checkpoint:
+        parameters = parameters.model_copy(update={"quantization_config": adopt(model)})
     mark_tied(model, [module for modules in found.values() for module in modules])
     for path, modules in found.items():
         criterion, correction = vectors[path]
@@ -63,6 +71,8 @@ def mark_tied(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Tells `layers` of `model`, pruned or about to be, which of them share their weights with another module."""
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for layer in layers:
+        if isinstance(layer, QuantizedLinear):
+            continue
         layer._scap_is_tied = owners[id(layer.weight)] > 1  # type: ignore[assignment]
 
 
@@ -93,21 +103,71 @@ def check_is_dense(model: nn.Module) -> None:
         raise SCAPError("the model is sparse already; start from the model without SCAP")
 
 
-def check_is_not_quantized(model: nn.Module, parameters: SCAPParameters | None = None) -> None:
-    """Also of a model that is quantized in part: its checkpoint names one method, and so loses the other.
+def source_config(model: nn.Module) -> dict[str, Any] | None:
+    """The `quantization_config` of the checkpoint that a model with integer weights is; None if it has none.
 
     Raises:
-        SCAPError: naming the method.
+        SCAPError: naming the method, if checkpoints of its kind are not read.
     """
-    quantizer = getattr(unwrap(model), "hf_quantizer", None)
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", QUANT_METHOD)
-    if parameters is not None and parameters.quantization_config is not None:
-        method = parameters.quantization_config.get("quant_method", "unknown")
-    if method != QUANT_METHOD:
-        name = getattr(method, "value", method)
-        raise SCAPError(f"the model is quantized ({name}); quantized PyTorch models are not supported yet")
+    inner: Any = unwrap(model)
+    quantizer = getattr(inner, "hf_quantizer", None)
+    config = getattr(getattr(inner, "config", None), "quantization_config", None)
+    if quantizer is not None:
+        config = quantizer.quantization_config
     if hooked_by_nncf(model):
         raise SCAPError("the model is quantized or pruned by NNCF already; start from the model without")
+    if config is None:
+        return None
+    fields: dict[str, Any] = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    method = fields.get("quant_method")
+    if method == QUANT_METHOD:
+        return fields.get("quantization_config")
+    reader = find_reader(fields)
+    if reader is None:
+        name = getattr(method, "value", method)
+        raise SCAPError(f"the model is quantized ({name}), which is not read; start from the model without")
+    reader.check(fields)
+    return reader.saved_config(fields)
+
+
+def adopt(model: nn.Module) -> dict[str, Any] | None:
+    """Takes over what the library of a quantization method made of the layers, so that they run, and are saved, here.
+
+    Returns:
+        The `quantization_config` of the checkpoint that the model is saved as, but for SCAP; None if it is not
+        quantized.
+
+    Raises:
+        SCAPError: naming a layer whose weights are not read.
+    """
+    source = source_config(model)
+    inner: Any = unwrap(model)
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is not None and not kept_metadata(inner):
+        reader = find_reader(quantizer.quantization_config.to_dict())
+        keep_metadata(inner, {} if reader is None else reader.made_metadata(inner))
+        _forget_conversions(inner, quantizer)
+    adopt_layers(inner, _dtype_of(inner))
+    storages = {
+        path: module.scap_storage for path, module in saved_modules(model) if isinstance(module, QuantizedLinear)
+    }
+    if source is None and storages:
+        others = [path for path, module in saved_modules(model) if isinstance(module, nn.Linear)]
+        return packed_config(storages, others)
+    return source
+
+
+def _forget_conversions(model: Any, quantizer: Any) -> None:
+    """transformers converts what it saves back by what it converted on loading; the quantizer's part is done here."""
+    done = {tuple(conversion.source_patterns) for conversion in quantizer.get_weight_conversions()}
+    conversions = getattr(model, "_weight_conversions", None)
+    if done and conversions is not None:
+        model._weight_conversions = [one for one in conversions if tuple(one.source_patterns) not in done]
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of the activations."""
+    return next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.get_default_dtype())
 
 
 def find_modules(
@@ -139,12 +199,12 @@ def find_modules(
 def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
     model._scap_parameters = parameters  # type: ignore[assignment]
     if is_from_transformers(model):
-        from .quantization_config import attach_config
+        from .quantizer import attach
 
-        attach_config(model, parameters)
+        attach(model, parameters)
 
 
 def _why_not_prunable(module: nn.Module) -> str | None:
-    if is_linear(module):
+    if is_linear(module) or is_quantized(module):
         return why_dense(module)
     return f"it is a {type(module).__name__}, not a fully connected layer with floating-point weights"

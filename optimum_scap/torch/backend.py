@@ -15,9 +15,10 @@ from ..core.roles import find_role
 from ..core.sites import Layer, Layers, Site
 from ..core.targets import Group, first_of
 from ..errors import SCAPError
-from .apply import apply_parameters, check_is_dense, check_is_not_quantized, pruned_layers, read_parameters
+from .apply import apply_parameters, check_is_dense, pruned_layers, read_parameters, source_config
 from .collect import TorchCollector, TorchCounter, find_sites
-from .prunable import in_features, is_fully_connected, is_linear, out_features, why_dense
+from .prunable import in_features, is_fully_connected, is_linear, is_quantized, out_features, weights_of, why_dense
+from .readers.nncf import mark_layers
 from .saving import check_can_be_saved
 from .statistics import TorchActivationStatistics
 from .wrappers import has_adapters, saved_modules, unwrap, why_adapter_forbids
@@ -43,6 +44,7 @@ class TorchBackend(core.Backend):
 
     def layers(self) -> Layers:
         check_is_dense(self._model)
+        mark_layers(unwrap(self._model))
         forbidden = why_adapter_forbids(self._model)
         self._modules = {
             path: module
@@ -52,10 +54,10 @@ class TorchBackend(core.Backend):
         dense = _left_dense(self._model, forbidden)
         if not self._modules:
             raise SCAPError(
-                "the model has no fully connected layer with floating-point weights to prune; quantized PyTorch "
-                f"models are not supported yet{first_of(dense)}"
+                "the model has no fully connected layer to prune, with floating-point weights or with integers that "
+                f"are read{first_of(dense)}"
             )
-        check_is_not_quantized(self._model)
+        source_config(self._model)
         prunable = {
             path: Layer(path, find_role(path), in_features(module), out_features(module))
             for path, module in self._modules.items()
@@ -72,10 +74,9 @@ class TorchBackend(core.Backend):
     def channel_norms(self, paths: Sequence[str]) -> "NDArray[np.float32]":
         squares = np.zeros(in_features(self._modules[paths[0]]), dtype=np.float64)
         for path in paths:
-            module: Any = self._modules[path]
-            if module.weight.is_meta:
+            weight = weights_of(self._modules[path])
+            if weight is None:
                 raise SCAPError(f"layer {path}: its weights are offloaded, they give no scale")
-            weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
             squares += weight.float().square().sum(dim=0).double().cpu().numpy()
         return np.sqrt(squares).astype(np.float32)
 
@@ -104,10 +105,11 @@ def _left_dense(model: nn.Module, forbidden: Mapping[nn.Module, str]) -> dict[st
     """Why layers cannot be pruned that otherwise would be, by path."""
     reasons: dict[str, str] = {}
     for path, module in saved_modules(model):
-        reason = forbidden.get(module) if is_linear(module) else None
+        is_layer = is_linear(module) or is_quantized(module)
+        reason = forbidden.get(module) if is_layer else None
         reason = reason or why_dense(module)
         # Quantized layers of many a library are no nn.Linear, but as wide as one.
-        if reason is None and not is_linear(module) and find_role(path) and hasattr(module, "in_features"):
+        if reason is None and not is_layer and find_role(path) and hasattr(module, "in_features"):
             reason = f"a {type(module).__name__} is no fully connected layer with floating-point weights"
         if reason is not None:
             reasons[path] = reason

@@ -11,8 +11,9 @@ from ..core.config import ApplyTo
 from ..core.criterion import Criterion
 from ..core.parameters import LayerParameters
 from ..errors import SCAPError
-from .linear import VECTORS, SCAPLinear, is_pruned, scap_conv1d_class
-from .prunable import is_fully_connected, why_dense
+from .linear import VECTORS, SCAPLinear, SCAPQuantizedLinear, is_pruned, scap_conv1d_class
+from .prunable import in_features, is_fully_connected, out_features, why_dense
+from .quantized import QuantizedLinear
 
 
 def convert(
@@ -42,7 +43,11 @@ def convert(
     if not is_fully_connected(module):
         reason = why_dense(module) or "it is no fully connected layer"
         raise SCAPError(f"a {type(module).__name__} cannot be pruned: {reason}")
-    cls: Any = SCAPLinear if isinstance(module, nn.Linear) else scap_conv1d_class()
+    cls: Any = scap_conv1d_class()
+    if isinstance(module, QuantizedLinear):
+        cls = SCAPQuantizedLinear
+    elif isinstance(module, nn.Linear):
+        cls = SCAPLinear
     vectors = {
         "scale": _vector(module, 1, criterion.scale if criterion else None, "scale", parameters),
         "bias_correction": _vector(module, 0, bias_correction, "bias_correction", parameters),
@@ -84,18 +89,21 @@ def _vector(module: nn.Module, dimension: int, value: Any, name: str, parameters
         return torch.tensor(np.asarray(value, dtype=np.float32), device=_device(module))
     if name not in parameters.tensors:
         return None
-    weight: Any = module.weight
-    return torch.empty(_features(module, dimension), dtype=torch.float32, device=weight.device)
+    return torch.empty(_features(module, dimension), dtype=torch.float32, device=_stored_on(module))
 
 
 def _device(module: nn.Module) -> torch.device:
     """Where the layer computes; accelerate may keep its weights elsewhere meanwhile."""
-    weight: Any = module.weight
-    if not weight.is_meta:
-        return weight.device
+    device = _stored_on(module)
+    if device.type != "meta":
+        return device
     return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
+def _stored_on(module: nn.Module) -> torch.device:
+    place: Any = module if isinstance(module, QuantizedLinear) else module.weight
+    return place.device
+
+
 def _features(module: nn.Module, dimension: int) -> int:
-    weight: Any = module.weight
-    return weight.shape[dimension if isinstance(module, nn.Linear) else 1 - dimension]
+    return in_features(module) if dimension == 1 else out_features(module)

@@ -38,11 +38,17 @@ def way_of(x: Tensor, *layers: Any) -> Way:
     return Way.DENSE if any(layer.runs_dense(x) for layer in layers) else Way.PRUNED
 
 
-def may_call_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether an operation of ours, which knows neither autocast nor gradients, may compute `weight` times `x`."""
-    if x.dtype != weight.dtype or x.device != weight.device or torch.is_autocast_enabled(x.device.type):
+def may_call_kernel(x: Tensor, weight: Any) -> bool:
+    """Whether an operation of ours, which knows neither autocast nor gradients, may compute `weight` times `x`.
+
+    `weight` is a tensor, or a layer over integer weights, which has a device, and serves activations of any type.
+    """
+    is_tensor = isinstance(weight, Tensor)
+    if is_tensor and x.dtype != weight.dtype or x.device != weight.device:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or is_tensor and weight.requires_grad))
 
 
 def is_one_row(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ forwards of few rows; the second is an ordinary matrix product behind an element
 Which of them a forward takes is decided in `dispatch`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from ..errors import SCAPError
 from .dispatch import Way, is_one_token, may_call_kernel, way_of
 from .given import GivenOutput
 from .kernels import sparse_linear
+from .quantized import QuantizedLinear
+from .weights import Weights, find_format
 
 
 # Vectors that stay float32 whatever type the model is converted to, by what SCAPParameters call them.
@@ -94,29 +97,55 @@ class _PrunedInput:
         """Takes `weight` `[in_features, out_features]` over as the memory of the parameter."""
         raise NotImplementedError
 
+    def kernel_weights(self) -> Tensor | Weights:
+        """What the sparse operation is given."""
+        return self.output_major_weight()
+
+    def weights_device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weight.device
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias for any rows `[..., in_features]`."""
+        return F.linear(x, self.output_major_weight(), bias)
+
+    def activation_dtype(self) -> torch.dtype:
+        """The type of the activations that the layer is meant for."""
+        return self.weight.dtype
+
     def prepare(self) -> None:
         """Brings the weights into the order that the sparse operation reads and folds the mode into the bias.
 
         Called again whenever weights are loaded, moved or converted; without effect on weights that are not there (on
         the meta device until a checkpoint is loaded, or offloaded) or not whole (shards of FSDP and DeepSpeed).
         """
-        self._scap_dtype = self.weight.dtype
-        self.scap_shrinkage = round_down(self.scap_threshold, self.weight.dtype)
-        if self.weight.is_meta or type(self.weight) is not nn.Parameter or self.weight.dim() != 2:
+        self._scap_dtype = self.activation_dtype()
+        self.scap_shrinkage = round_down(self.scap_threshold, self._scap_dtype)
+        if not self._has_whole_weights():
             self.scap_folded_bias = None
             return
         # What is made in inference mode could never be trained; a weight that was made there needs its like.
-        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
+        with torch.inference_mode(self._weights_are_inference()), torch.no_grad():
             self._order_weights()
             if not self._scap_folds:
                 self.scap_folded_bias = None
                 return
-            folded = self.scap_mode * self.output_major_weight().sum(dim=1, dtype=torch.float32)
+            folded = self.scap_mode * self._row_sums()
             for value in (self.bias, self.scap_bias_correction):
                 if value is not None:
                     folded = folded + value.float()
             self.scap_folded_bias = folded
             self._scap_folded_versions = self._versions()
+
+    def _has_whole_weights(self) -> bool:
+        return not self.weight.is_meta and type(self.weight) is nn.Parameter and self.weight.dim() == 2
+
+    def _weights_are_inference(self) -> bool:
+        return self.weight.is_inference()
+
+    def _row_sums(self) -> Tensor:
+        """W·1 in float32."""
+        return self.output_major_weight().sum(dim=1, dtype=torch.float32)
 
     def _order_weights(self) -> None:
         weight = self.output_major_weight()
@@ -138,21 +167,20 @@ class _PrunedInput:
         if given is not None and (output := given.take(x)) is not None:
             return output
         way = way_of(x, self)
-        weight = self.output_major_weight()
         if way is Way.SPARSE:
             return sparse_linear(
                 x,
-                weight,
+                self.kernel_weights(),
                 self.kernel_bias(),
                 threshold=self.scap_threshold,
                 mode=self.scap_mode,
                 scale=self.scap_scale,
             )
         if way is Way.PRUNED:
-            return F.linear(self.pruned_input(x), weight, self.pruned_bias())
+            return self.multiply(self.pruned_input(x), self.pruned_bias())
         if way is Way.DENSE:
-            return F.linear(x, weight, self.bias)
-        return self._forward_in_exported_form(x, weight)
+            return self.multiply(x, self.bias)
+        return self._forward_in_exported_form(x)
 
     def pruned_input(self, x: Tensor) -> Tensor:
         """`x` with the mode in place of what is pruned, for the ordinary matrix product."""
@@ -166,7 +194,7 @@ class _PrunedInput:
         correction = self.scap_bias_correction
         if correction is None:
             return self.bias
-        correction = correction.to(self.weight.dtype)
+        correction = correction.to(self._scap_dtype)
         return correction if self.bias is None else self.bias + correction
 
     def prunes_to_zero(self, x: Tensor) -> bool:
@@ -183,10 +211,7 @@ class _PrunedInput:
 
     def can_run_sparse(self, x: Tensor) -> bool:
         """Whether the sparse operation can run on the few rows of `x` `[..., in_features]`. Asked by `dispatch`."""
-        weight = self.output_major_weight()
-        if x.numel() == 0 or self.runs_dense(x) or not may_call_kernel(x, weight):
-            return False
-        if wants_input_major(weight) and not _is_input_major(weight):
+        if x.numel() == 0 or self.runs_dense(x) or not self._kernel_can_run(x):
             return False
         if self._scap_folds:
             if self.scap_folded_bias is None:
@@ -195,7 +220,11 @@ class _PrunedInput:
                 self.prepare()
         return True
 
-    def _forward_in_exported_form(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _kernel_can_run(self, x: Tensor) -> bool:
+        weight = self.output_major_weight()
+        return may_call_kernel(x, weight) and (not wants_input_major(weight) or _is_input_major(weight))
+
+    def _forward_in_exported_form(self, x: Tensor) -> Tensor:
         """The operations that an exported OpenVINO IR holds: Abs -> LessEqual -> Select, the mode in the bias."""
         centered = x if self.scap_mode == 0.0 else x - self.scap_mode
         score = centered.abs() if self.scap_scale is None else centered.abs() * self.scap_scale
@@ -209,13 +238,16 @@ class _PrunedInput:
             threshold = torch.where(one_token, threshold, 0.0 if self.scap_scale is None else -1.0)
         pruned = torch.where(score <= threshold, torch.zeros((), dtype=x.dtype), centered)
         if not self._scap_folds:
-            return F.linear(pruned, weight, self.bias)
+            return self.multiply(pruned, self.bias)
         assert self.scap_folded_bias is not None
-        return F.linear(pruned, weight) + self.scap_folded_bias.to(x.dtype)
+        return self.multiply(pruned, None) + self.scap_folded_bias.to(x.dtype)
+
+    def _weight_tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
 
     def _versions(self) -> tuple[int, ...]:
         """Changes whenever the weights or the bias are changed in place, as an optimizer does."""
-        values = (self.weight, self.bias, self.scap_bias_correction)
+        values = (*self._weight_tensors(), self.bias, self.scap_bias_correction)
         return tuple(_version(value) for value in values if value is not None)
 
     def train(self, mode: bool = True) -> Any:
@@ -265,6 +297,45 @@ class SCAPLinear(_PrunedInput, nn.Linear):
         self.weight.data = weight.t()
 
 
+class SCAPQuantizedLinear(_PrunedInput, QuantizedLinear):
+    """QuantizedLinear with pruned input activations; made by `convert.convert`."""
+
+    def weights_device(self) -> torch.device:
+        return self.device
+
+    def kernel_weights(self) -> Weights:
+        return self.packed_weights()
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return QuantizedLinear.multiply(self, x, bias)
+
+    def activation_dtype(self) -> torch.dtype:
+        return self.scap_dtype
+
+    def pack(self) -> None:
+        super().pack()
+        self.prepare()
+
+    def _has_whole_weights(self) -> bool:
+        return self.is_packed and self.device.type != "meta"
+
+    def _weights_are_inference(self) -> bool:
+        return self.packed_weights().tensors[0].is_inference()
+
+    def _row_sums(self) -> Tensor:
+        format, tensors = self.packed_weights()
+        return find_format(format).row_sums(tensors)
+
+    def _order_weights(self) -> None:
+        pass  # the format has an order of its own
+
+    def _kernel_can_run(self, x: Tensor) -> bool:
+        return may_call_kernel(x, self)
+
+    def _weight_tensors(self) -> tuple[Tensor, ...]:
+        return self.packed_weights().tensors
+
+
 def _conv1d_class() -> type[nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
@@ -302,6 +373,20 @@ def __getattr__(name: str) -> Any:
     if name == "SCAPConv1D":
         return scap_conv1d_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Layers whose weights blocks hand to one kernel; a Conv1D's lie the other way.
+TOGETHER = (SCAPLinear, SCAPQuantizedLinear)
+
+
+def run_together(layers: Sequence[nn.Module]) -> bool:
+    """Whether one kernel can run `layers`: weights of one format, with groups of one size, in tensors of one type."""
+    first: Any = layers[0]
+    if any(type(layer) is not type(first) for layer in layers):
+        return False
+    if not isinstance(first, QuantizedLinear):
+        return True
+    return len({layer.kind_of_weights() for layer in layers}) == 1  # type: ignore[operator]
 
 
 def is_pruned(module: nn.Module) -> bool:

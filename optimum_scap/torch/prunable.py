@@ -12,6 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SCAPError
+from .quantized import QuantizedLinear
+from .readers import adopted
+from .readers.nncf import compressors
+from .weights.integers import dequantize
+
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Where NNCF keeps what it does between the operations of a model.
@@ -19,8 +25,20 @@ _NNCF_HOOKS = "__nncf_hooks"
 
 
 def is_fully_connected(module: nn.Module) -> bool:
-    """Whether `module` is a layer that can be pruned: nn.Linear or Conv1D with floating-point weights of its own."""
-    return is_linear(module) and why_dense(module) is None
+    """Whether `module` is a layer that can be pruned: nn.Linear or Conv1D with floating-point weights of its own, or a
+    layer over integer weights, of ours or of a library whose layers `readers` knows.
+    """
+    return (is_linear(module) or is_quantized(module)) and why_dense(module) is None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a fully connected layer over integer weights that can be read."""
+    if isinstance(module, QuantizedLinear):
+        return True
+    try:
+        return adopted(module, "") is not None
+    except SCAPError:
+        return False
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -37,27 +55,60 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def in_features(module: nn.Module) -> int:
     """Number of input channels of a fully connected layer."""
+    if not _has_plain_weight(module):
+        return module.in_features  # type: ignore[return-value]
     assert isinstance(module.weight, Tensor)
     return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
 
 
 def out_features(module: nn.Module) -> int:
     """Number of output channels of a fully connected layer."""
+    if not _has_plain_weight(module):
+        return module.out_features  # type: ignore[return-value]
     assert isinstance(module.weight, Tensor)
     return module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
 
 
 def why_dense(module: nn.Module) -> str | None:
     """Why a module that is an nn.Linear or Conv1D cannot be pruned; None if it can be, or is of another kind."""
+    if isinstance(module, QuantizedLinear):
+        return None
+    try:
+        if adopted(module, "") is not None:
+            return None
+    except SCAPError as error:
+        return f"its weights are quantized ({str(error).removeprefix('layer : ')})"
     if not is_linear(module):
         return None
     return _why_not_ordinary_weights(module) or _why_not_linear(module)
 
 
+def weights_of(module: nn.Module) -> Tensor | None:
+    """The weights of a fully connected layer, `[out_features, in_features]`, floating-point; None if not there."""
+    if isinstance(module, QuantizedLinear):
+        return module.dequantized()
+    found = adopted(module, "")
+    if found is not None:
+        return dequantize(found.storage.read(found.tensors))
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        return None
+    return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and type(weight) is nn.Parameter and not is_quantized(module)
+
+
 def hooked_by_nncf(model: nn.Module) -> bool:
-    """Whether NNCF computes something between the operations of `model`, such as quantizing their inputs."""
+    """Whether NNCF computes something between the operations of `model`, such as quantizing their inputs; that it
+    decompresses weights does not count.
+    """
     storages = [module._modules[_NNCF_HOOKS] for module in model.modules() if _NNCF_HOOKS in module._modules]
-    return any(len(points) > 0 for storage in storages for points in storage.children())  # type: ignore[union-attr,arg-type]
+    hooks = sum(len(points) for storage in storages for points in storage.children())  # type: ignore[union-attr,arg-type,misc]
+    return hooks > len(list(compressors(model)))
 
 
 def _why_not_ordinary_weights(module: nn.Module) -> str | None:

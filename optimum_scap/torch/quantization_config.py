@@ -14,7 +14,8 @@ class SCAPQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         parameters: the parameters, or None if they are given by `fields`.
-        fields: the fields of SCAPParameters as config.json holds them.
+        fields: the fields of SCAPParameters as config.json holds them; or `quantization_config` alone, that of a
+            quantized checkpoint which is to be read without pruning it.
 
     Raises:
         SCAPError: naming the field that is wrong.
@@ -24,9 +25,15 @@ class SCAPQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, parameters: SCAPParameters | None = None, **fields: Any) -> None:
         self.quant_method = QUANT_METHOD
+        self.parameters: SCAPParameters | None = None
+        self.source: dict[str, Any] | None = None
+        if parameters is None and fields.keys() - {"quant_method"} == {"quantization_config"}:
+            self.source = fields["quantization_config"]
+            return
         if parameters is None:
             parameters = parameters_from_quantization_config(fields, "quantization_config in config.json")
         self.parameters = parameters
+        self.source = parameters.quantization_config
 
     @classmethod
     def from_dict(
@@ -36,17 +43,12 @@ class SCAPQuantizationConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
+        if self.parameters is None:
+            return {"quant_method": QUANT_METHOD, "quantization_config": self.source}
         return {"quant_method": QUANT_METHOD, **self.parameters.model_dump(mode="json")}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
-
-
-def attach_config(model: nn.Module, parameters: SCAPParameters) -> None:
-    """Gives a transformers model that was sparsified in memory what `from_pretrained` gives one that is loaded."""
-    model.config.quantization_config = SCAPQuantizationConfig(parameters)  # type: ignore[union-attr]
-    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
-    mark_as_float(model)
 
 
 def mark_as_float(model: nn.Module) -> None:

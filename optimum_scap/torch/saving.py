@@ -14,6 +14,7 @@ from torch import nn
 
 from ..disk import DiskFullError, is_disk_full
 from ..errors import SCAPError, first_line, raise_interruption_behind
+from .quantized import QuantizedLinear
 from .wrappers import has_adapters
 
 
@@ -87,6 +88,9 @@ def valid_generation_config(model: Any) -> Iterator[bool]:
 
 def bytes_to_save(model: nn.Module) -> int:
     """How large the weights of `model` are on disk; those that several layers share count once."""
+    if _holds_integers(model):  # a state_dict would write them anew
+        values = {id(value): value for value in (*model.parameters(), *model.buffers())}.values()
+        return sum(value.numel() * value.element_size() for value in values)
     tensors = {
         id(value): value for value in model.state_dict(keep_vars=True).values() if hasattr(value, "element_size")
     }
@@ -141,4 +145,10 @@ def _check_tied_weights(model: Any) -> None:
         return
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    remove_tied_weights_from_state_dict(model.state_dict(), model)
+    plain = dict(model.named_parameters(remove_duplicate=False))
+    named = plain if _holds_integers(model) else model.state_dict()
+    remove_tied_weights_from_state_dict(named, model)
+
+
+def _holds_integers(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())

@@ -123,7 +123,9 @@ def _passes_input_on(wrapper: nn.Module, base: nn.Module) -> bool:
         layer = layer._modules["base_layer"]  # type: ignore[assignment]
     if not is_fully_connected(layer):
         return True  # no layer to prune
-    weight: Any = layer.weight
+    weight = next((value for value in layer.parameters() if value.is_floating_point()), None)
+    if weight is None:
+        return True  # integers alone: what an adapter makes of them is not seen on one row
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None) if weight.is_meta else weight.device
     if device is None:
         return True  # nothing to run it with; a calibration says what it does not reach

@@ -31,6 +31,21 @@ def test_quantize_and_sparsify(smollm2: Path, texts: tuple[Path, Path], tmp_path
     assert parameters.config.dataset == str(texts[0])
 
 
+def test_quantize_and_sparsify_in_pytorch(smollm2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    from optimum_scap.torch.checkpoint import read_folder_parameters as read_checkpoint
+
+    output = tmp_path / "out"
+    command = [sys.executable, EXAMPLES / "quantize_and_sparsify.py", smollm2, output, "--framework", "torch"]
+    command += ["--bits", "4", "--group-size", "64", "--dataset", texts[0], "--num-samples", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "The capital of France is" in result.stdout
+    parameters = read_checkpoint(output)
+    assert len(parameters.layers) == 90 and parameters.quantization_config is not None
+    # An embedding of 28 million floats, and 106 million weights of 4.5 bits and a little.
+    assert (output / "model.safetensors").stat().st_size < 4 * 28.4e6 + 106.2e6 * 4.9 / 8
+
+
 @pytest.mark.slow
 def test_both_backends_agree(smollm2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     """Thresholds within 1 %; perplexity as far as so short a text can tell."""

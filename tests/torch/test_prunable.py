@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_scap import SCAPConfig, SCAPError, SCAPParameters, sparsify_activations
 from optimum_scap.core.parameters import LayerParameters
+from optimum_scap.torch.linear import SCAPQuantizedLinear
 from optimum_scap.torch.prunable import is_fully_connected, why_dense
+from optimum_scap.torch.quantized import QuantizedLinear
 
 
 LAYER = LayerParameters(role="up", method="zero", target_sparsity=0.5, mode=0.0, threshold=0.3)
@@ -190,10 +192,10 @@ def test_models_of_nncf() -> None:
     model = nncf.compress_weights(
         Block(nn.Linear(128, 128)), mode=nncf.CompressWeightsMode.INT8_ASYM, dataset=nncf.Dataset(samples)
     )
-    with pytest.raises(SCAPError, match=r"layer up_proj cannot be pruned: its weights are quantized \(uint8\)"):
-        sparsify_activations(model, UP)
-    with pytest.raises(SCAPError, match="no fully connected layer with floating-point weights"):
-        sparsify_activations(model, "0.5", samples)
+    with pytest.raises(SCAPError, match="no layer of the model has the role gate|no fully connected layer"):
+        sparsify_activations(copy.deepcopy(model), "gate=0.5", samples)
+    sparsify_activations(model, UP)
+    assert type(model.up_proj) is SCAPQuantizedLinear and type(model.down_proj) is QuantizedLinear
 
     from nncf.torch.function_hook import register_pre_function_hook, wrap_model
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..dispatch import Way, is_recorded, way_of
 from ..kernels import ACTIVATIONS, sparse_gated_linear
-from ..linear import SCAPLinear
+from ..linear import TOGETHER, run_together
 from .base import Block
 from .shared_input import prune_alike
 
@@ -34,7 +34,8 @@ class GatedBlock(Block):
     """A module that computes `down(act(gate(x)) * up(x))`, gate and up being pruned."""
 
     def matches(self, block: nn.Module, names: tuple[str, ...]) -> bool:
-        if any(type(getattr(block, name)) is not SCAPLinear for name in names):
+        layers = [getattr(block, name) for name in names]
+        if type(layers[0]) not in TOGETHER or not run_together(layers):
             return False
         formula = formula_of(block)
         return formula is not None and {formula.gate, formula.up} == set(names)
@@ -69,7 +70,7 @@ class _GatedForward:
         formula = self.scap_formula
         gate, up = layers[formula.gate], layers[formula.up]
         # An adapter may have taken a layer's place since.
-        if type(gate) is not SCAPLinear or type(up) is not SCAPLinear:
+        if type(gate) not in TOGETHER or type(up) is not type(gate):
             return super().forward(x)  # type: ignore[misc]
         way = way_of(x, gate, up)
         if way is Way.PRUNED and _is_plain(gate) and _is_plain(up):
@@ -78,8 +79,8 @@ class _GatedForward:
             return super().forward(x)  # type: ignore[misc]
         hidden = sparse_gated_linear(
             x,
-            gate.weight,
-            up.weight,
+            gate.kernel_weights(),
+            up.kernel_weights(),
             gate.kernel_bias(),
             up.kernel_bias(),
             gate_threshold=gate.scap_threshold,
@@ -96,14 +97,14 @@ class _GatedForward:
         """Prunes the input once for both if it can. Few launches, little Python: that is what prefill waits for."""
         activation = self.scap_formula.activation
         pruned = gate.pruned_input(x)
-        gated = F.linear(pruned, gate.weight, gate.pruned_bias())
-        linear = F.linear(pruned if self.scap_prune_alike else up.pruned_input(x), up.weight, up.pruned_bias())
+        gated = gate.multiply(pruned, gate.pruned_bias())
+        linear = up.multiply(pruned if self.scap_prune_alike else up.pruned_input(x), up.pruned_bias())
         if torch.is_grad_enabled() or not _zeroes_small_values(down, gated):
             return down(ACTIVATIONS[activation](gated) * linear)
         # In the memory of `gated`: an operation that allocates takes the host half as long again.
         hidden = _IN_PLACE[activation](gated).mul_(linear)
         torch.hardshrink(hidden, down.scap_shrinkage, out=hidden)
-        return F.linear(hidden, down.weight, down.pruned_bias())
+        return down.multiply(hidden, down.pruned_bias())
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """The class is made at run time: pickle and deepcopy make it anew from the block's own."""
@@ -113,7 +114,7 @@ class _GatedForward:
 
 def _zeroes_small_values(down: Any, hidden: Tensor) -> bool:
     """Whether all that `down` does with `hidden` is to multiply what is left when small values become zeros."""
-    return type(down) is SCAPLinear and _is_plain(down) and down.prunes_to_zero(hidden) and not down.runs_dense(hidden)
+    return type(down) in TOGETHER and _is_plain(down) and down.prunes_to_zero(hidden) and not down.runs_dense(hidden)
 
 
 def _is_plain(layer: nn.Module) -> bool:

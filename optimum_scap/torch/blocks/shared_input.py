@@ -12,12 +12,12 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..dispatch import MAX_SPARSE_ROWS, Way, is_recorded, way_of
 from ..given import GivenOutput
 from ..kernels import linear_group, sparse_linear_group
-from ..linear import SCAPLinear
+from ..linear import TOGETHER, run_together
+from ..quantized import QuantizedLinear
 from .base import Block
 from .dense import DenseLinear
 
@@ -27,8 +27,9 @@ class SharedInputBlock(Block):
 
     def matches(self, block: nn.Module, names: tuple[str, ...]) -> bool:
         layers: list[Any] = [getattr(block, name) for name in names]
-        kinds = {type(layer) for layer in layers}
-        return kinds in ({SCAPLinear}, {DenseLinear}) and len({layer.in_features for layer in layers}) == 1
+        if type(layers[0]) not in (*TOGETHER, DenseLinear, QuantizedLinear) or not run_together(layers):
+            return False
+        return len({layer.in_features for layer in layers}) == 1
 
     def convert(self, block: nn.Module, names: tuple[str, ...]) -> None:
         cls: Any = type(block)
@@ -82,10 +83,14 @@ def give_outputs(x: Tensor, layers: Sequence[Any], prune_alike: bool) -> bool:
             return False
     if x.shape[-1:] != (layers[0].in_features,):
         return False
-    if kind is SCAPLinear:
+    if kind in TOGETHER:
         outputs = _pruned_outputs(x, layers, prune_alike)
-    elif kind is DenseLinear and x.numel() == x.shape[-1] and all(layer.runs_our_kernel(x) for layer in layers):
-        outputs = linear_group(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    elif (
+        kind in (DenseLinear, QuantizedLinear)
+        and x.numel() == x.shape[-1]
+        and all(layer.runs_our_kernel(x) for layer in layers)
+    ):
+        outputs = linear_group(x, [layer.kernel_weights() for layer in layers], [layer.bias for layer in layers])
     else:
         outputs = None
     if outputs is None:
@@ -101,21 +106,21 @@ def _pruned_outputs(x: Tensor, layers: Sequence[Any], prune_alike: bool) -> list
     if way is Way.SPARSE:
         return sparse_linear_group(
             x,
-            [layer.weight for layer in layers],
+            [layer.kernel_weights() for layer in layers],
             [layer.kernel_bias() for layer in layers],
             thresholds=[layer.scap_threshold for layer in layers],
             modes=[layer.scap_mode for layer in layers],
             scales=[layer.scap_scale for layer in layers],
         )
-    if way is not Way.PRUNED or not prune_alike or first.weight.device != x.device:
+    if way is not Way.PRUNED or not prune_alike or first.weights_device() != x.device:
         return None
     pruned = first.pruned_input(x)
-    return [F.linear(pruned, layer.weight, layer.pruned_bias()) for layer in layers]
+    return [layer.multiply(pruned, layer.pruned_bias()) for layer in layers]
 
 
 def prune_alike(layers: Sequence[Any]) -> bool:
     """Whether all of `layers` prune the same channels of the same input."""
-    return all(type(layer) is SCAPLinear for layer in layers) and all(
+    return all(type(layer) in TOGETHER for layer in layers) and all(
         (layer.scap_mode, layer.scap_threshold, layer.scap_apply_to)
         == (layers[0].scap_mode, layers[0].scap_threshold, layers[0].scap_apply_to)
         and _same_scale(layer.scap_scale, layers[0].scap_scale)
