@@ -1,4 +1,4 @@
-"""Weight-only quantization of a float model, by NNCF, one layer after the other.
+"""Weight-only quantization of a float model, by NNCF, a few layers at a time.
 
 NNCF chooses integers, scales and zero points; what is saved is compressed-tensors' `pack-quantized`, which
 transformers, vLLM and others load.
@@ -7,7 +7,7 @@ transformers, vLLM and others load.
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
 
@@ -19,25 +19,26 @@ from ..progress import ProgressBar
 from .prunable import is_conv1d, is_fully_connected
 from .quantized import QuantizedLinear
 from .readers import adopt_layers
-from .readers.nncf import mark_layers
 from .wrappers import saved_modules
 
 
 WeightFormat = Literal["int8", "int4"]
 # As of `optimum-cli export openvino`.
 DEFAULT_GROUP_SIZE = 128
+# NNCF takes half a second for a model, and holds what it quantizes.
+LAYERS_AT_A_TIME = 16
 
 
 class _Alone(nn.Module):
-    """A model of one layer."""
+    """A model of some layers, each of which reads an input of its own."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[rows, in_features]` to `[rows, out_features]`."""
-        return self.layer(x)
+    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """`[rows, in_features]` to `[rows, out_features]` of each layer."""
+        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
 
 
 @torch.no_grad()
@@ -71,25 +72,30 @@ def quantize_weights(
             check_group_size(path, module.in_features, size)
     mode, fields = _mode(weight_format, size, symmetric)
     with _quiet_nncf(), ProgressBar("quantizing weights", len(layers)) as bar:
-        for path, module in layers.items():
-            _quantize(path, module, mode, fields)
-            bar.advance()
+        paths = list(layers)
+        for first in range(0, len(paths), LAYERS_AT_A_TIME):
+            some = {path: layers[path] for path in paths[first : first + LAYERS_AT_A_TIME]}
+            _quantize(some, mode, fields)
+            for _ in some:
+                bar.advance()
 
 
-def _quantize(path: str, module: nn.Linear, mode: Any, fields: dict[str, Any]) -> None:
+def _quantize(layers: dict[str, nn.Linear], mode: Any, fields: dict[str, Any]) -> None:
     import nncf
 
-    dtype = module.weight.dtype
-    alone = _Alone(module)
-    x = torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device)
+    alone = _Alone(layers.values())
+    dtypes = [layer.weight.dtype for layer in layers.values()]
+    inputs = tuple(layer.weight.new_zeros(1, layer.in_features) for layer in layers.values())
     try:
         with redirect_stdout(io.StringIO()):  # its bars
-            nncf.compress_weights(alone, mode=mode, dataset=nncf.Dataset([x]), **fields)
+            nncf.compress_weights(alone, mode=mode, dataset=nncf.Dataset([inputs]), **fields)
     except (nncf.errors.ValidationError, nncf.errors.InternalError, ValueError, RuntimeError) as error:
-        raise SCAPError(f"layer {path} cannot be quantized: {first_line(error)}") from error
-    mark_layers(alone)
-    adopt_layers(alone, dtype)
-    module.scap_name = path  # type: ignore[assignment]
+        first, *_ = layers
+        raise SCAPError(f"layer {first}, or one of the next, cannot be quantized: {first_line(error)}") from error
+    adopt_layers(alone, dtypes[0])
+    for (path, layer), dtype in zip(layers.items(), dtypes, strict=True):
+        made: Any = layer
+        made.scap_name, made.scap_dtype = path, dtype
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.roles import find_role
 from ...core.sites import match_paths
 from ...errors import SCAPError, first_line
 from ..quantized import QuantizedLinear, StoredTensor
@@ -115,8 +116,7 @@ def prepare_model(
         replacement = QuantizedLinear(*layer[1:], module.bias, storage, dtype, found)
         parent, _, name = found.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement)
-    for path, module in model.named_modules():
-        check_weight_is_there(path, module, headers)
+    check_weights_are_there(model, headers)
 
 
 def keep_metadata(model: Any, metadata: dict[str, str]) -> None:
@@ -129,17 +129,20 @@ def kept_metadata(model: Any) -> dict[str, str]:
     return getattr(model, "_scap_file_metadata", {})
 
 
-def check_weight_is_there(path: str, module: nn.Module, headers: Headers) -> None:
-    """A layer whose tensors are quantized in part must not be taken for one that transformers initializes.
+def check_weights_are_there(model: nn.Module, headers: Headers) -> None:
+    """transformers initializes layers without weights, be it that some of their tensors are missing or all.
 
     Raises:
         SCAPError: naming the layer.
     """
-    if type(module) is not nn.Linear:
-        return
-    there = [name for name in headers.tensors if name.startswith(f"{path}.")]
-    if there and f"{path}.weight" not in headers.tensors:
-        raise SCAPError(f"layer {path}: its weights are incomplete, there is {there[0]} but nothing to read it with")
+    paths = {name.rpartition(".")[0] for name in headers.tensors}
+    layers = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    for path, found in match_paths(layers, paths).items():
+        if found is None and find_role(path) not in (None, "head"):
+            raise SCAPError(f"layer {path}: the checkpoint has no weights for it")
+        if found is not None and f"{found}.weight" not in headers.tensors:
+            there = next(name for name in headers.tensors if name.startswith(f"{found}."))
+            raise SCAPError(f"layer {path}: its weights are incomplete, there is {there} but nothing to read it with")
 
 
 def pack_model(model: nn.Module) -> None:

@@ -88,6 +88,12 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         {},
         f"layer {UP}: its weights are incomplete, there is {UP}.weight_packed",
     ),
+    "no tensors": (
+        "AWQ",
+        lambda tensors: [tensors.pop(f"{UP}.{name}") for name in ("qweight", "qzeros", "scales")],
+        {},
+        f"layer {UP}: the checkpoint has no weights for it",
+    ),
     "no zero points": ("AWQ", without(f"{UP}.qzeros"), {}, f"{UP}.qzeros is missing"),
     "a wrong shape": (
         "AWQ",

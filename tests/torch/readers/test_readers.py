@@ -346,3 +346,16 @@ def test_what_measures_sparse_models_knows_integer_weights(checkpoints: Any, tmp
     assert torch.equal(logits(load(tmp_path, True, torch.device("cpu"))), logits(model))
     shapes = {(64, (128, 128)), (128, (64,))}
     assert kernel_shapes(tmp_path) == {} and integer_kernel_shapes(tmp_path) == {(4, 32, torch.float16): shapes}
+
+
+def test_the_body_without_its_head(checkpoints: Any, tmp_path: Path) -> None:
+    """Paths of a checkpoint with a head fit a model without one, and one with another head."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    model = read(checkpoints("GPTQ")[0])
+    sparsify_activations(model, "0.5", [IDS])
+    model.save_pretrained(tmp_path)
+    expected = model.model(IDS).last_hidden_state
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(IDS).last_hidden_state, expected)
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(other.model(IDS).last_hidden_state, expected)
