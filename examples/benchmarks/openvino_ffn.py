@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import openvino as ov
+from compressed_weights import compressed_linear
 from openvino import opset13 as opset
 from scaffold import new_parser, write
 
@@ -33,7 +34,7 @@ class RandomFFNs:
     def __init__(self, hidden: int, inner: int, bits: int) -> None:
         self._rng = np.random.default_rng(0)
         self._bits = bits
-        self._kept: list[np.ndarray] = []  # what tensors of 4 bits point to
+        self._kept: list[np.ndarray] = []  # what the constants of the weights point to
         self.count = max(2, -(-STREAMED_BYTES * 8 // (3 * hidden * inner * bits)))
         x = opset.parameter([-1, -1, hidden], np.float32, name="x")
         x.output(0).set_names({"x"})
@@ -48,22 +49,11 @@ class RandomFFNs:
         self.model = ov.Model([opset.result(value)], [x], "ffn")
 
     def _linear(self, x: ov.Node, inputs: int, outputs: int, path: str) -> ov.Node:
+        groups = inputs // GROUP_SIZE if self._bits == 4 else 1
         # 1 / sqrt(inputs) is the standard deviation of the weights.
-        scale = np.float16(inputs**-0.5 / (2**self._bits / 12**0.5))
-        if self._bits == 4:
-            groups = [outputs, inputs // GROUP_SIZE, GROUP_SIZE]
-            self._kept.append(self._rng.integers(0, 256, outputs * inputs // 2, np.uint8))
-            weights: ov.Node = ov.op.Constant(ov.Tensor(self._kept[-1], groups, ov.Type.u4))
-            scales = np.full((*groups[:2], 1), scale)
-        else:
-            weights = opset.constant(self._rng.integers(0, 256, (outputs, inputs), np.uint8))
-            scales = np.full((outputs, 1), scale)
-        middle = opset.constant(np.full((1,) * scales.ndim, 1 << (self._bits - 1), np.uint8))
-        weights = opset.subtract(opset.convert(weights, "f16"), opset.convert(middle, "f16"))
-        weights = opset.multiply(weights, opset.constant(scales))
-        if self._bits == 4:
-            weights = opset.reshape(weights, opset.constant(np.array([outputs, inputs])), False)
-        node = opset.matmul(x, opset.convert(weights, "f32"), False, True)
+        scales = np.full((outputs, groups), inputs**-0.5 / (2**self._bits / 12**0.5), np.float16)
+        self._kept.append(self._rng.integers(0, 256, outputs * inputs * self._bits // 8, np.uint8))
+        node = compressed_linear(x, self._kept[-1], scales, outputs, self._bits)
         node.set_friendly_name(f"__module.{path}/aten::linear/MatMul")
         return node
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
+from compressed_weights import compressed_linear
 from openvino import opset13 as ops
 
 from optimum_scap.openvino.extension.build import build_extension, find_compiler
@@ -91,25 +92,11 @@ class Weights:
         self.scale = (rng.random((out_features, groups)) * 0.01 + 0.001).astype(np.float16)
         zero = np.full((out_features, groups), 1 << (bits - 1), np.uint8)
         self.packed = pack_integer(self.q, self.scale, zero, bits=bits, signed=False, group_size=group_size)
-        self.nibbles = self.q.reshape(-1)[::2] | self.q.reshape(-1)[1::2] << 4 if bits == 4 else None
+        self.stored = self.q.reshape(-1)[::2] | self.q.reshape(-1)[1::2] << 4 if bits == 4 else self.q.reshape(-1)
 
     def stock(self, x: ov.Output, keep: list) -> ov.Node:
-        """The decompression pattern NNCF writes, which the plugin turns into one compressed fully connected layer."""
-        out, inn = self.shape
-        if self.bits == 4:
-            groups = inn // self.group_size
-            shape, parameters = [out, groups, self.group_size], (out, groups, 1)
-            keep.append(self.nibbles.copy())
-            q = ov.op.Constant(ov.Tensor(keep[-1], shape, ov.Type.u4))
-        else:
-            parameters = (out, 1)
-            q = ops.constant(self.q)
-        zero = ops.convert(ops.constant(np.full((1,) * len(parameters), 1 << (self.bits - 1), np.uint8)), "f16")
-        w = ops.subtract(ops.convert(q, "f16"), zero)
-        w = ops.multiply(w, ops.constant(self.scale.reshape(parameters)))
-        if self.bits == 4:
-            w = ops.reshape(w, ops.constant(np.array([out, inn])), False)
-        return ops.matmul(x, ops.convert(w, "f32"), False, True)
+        keep.append(self.stored.copy())
+        return compressed_linear(x, keep[-1], self.scale, self.shape[0], self.bits)
 
     def copy(self) -> PackedLayer:
         return replace(self.packed, buffer=self.packed.buffer.copy())

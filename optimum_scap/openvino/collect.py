@@ -40,9 +40,7 @@ class OpenVINOCollector(Collector):
             mode, threshold = (_scalar_parameter(_input_name(index, name)) for name in ("mode", "threshold"))
             insert_adjustable_ops([layers[path] for path in group.layers], mode, threshold, scales.get(group.key))
             parameters += [mode, threshold]
-        to_run = model_with_outputs(clone, outputs, parameters)
-        speed_up(to_run)
-        self._run = Runner(to_run)
+        self._run = Runner(speed_up(model_with_outputs(clone, outputs, parameters)))
 
     def set(self, criteria: Mapping[str, Criterion]) -> None:
         inputs = {}
@@ -65,9 +63,8 @@ class OpenVINOCounter(Counter):
     def __init__(self, model: ov.Model) -> None:
         clone = model.clone()
         self._ops = find_threshold_ops(clone)
-        to_run = model_with_outputs(clone, [_pruned_by_token(match) for match in self._ops])
-        speed_up(to_run)
-        self._run = Runner(to_run)
+        shares = [_pruned_by_token(match) for match in self._ops]
+        self._run = Runner(speed_up(model_with_outputs(clone, shares)))
 
     def run(self, sample: Any, add: Add) -> None:
         inputs = self._run.inputs_by_name(sample)

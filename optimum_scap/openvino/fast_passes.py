@@ -19,18 +19,22 @@ from .weights import is_integer
 logger = logging.getLogger(__name__)
 
 
-def speed_up(model: ov.Model) -> None:
+def speed_up(model: ov.Model) -> ov.Model:
     """Has the layers of INT8 and INT4 weights of `model` run as the C++ operation, in place, where that is faster.
 
     What is pruned is still up to the model's own operations. Without a compiler the model stays as it is.
+
+    Returns:
+        `model` itself.
     """
     try:
         library = build_extension()
     except ExtensionBuildError as reason:
         logger.debug("calibration runs on OpenVINO's own operations: %s", reason)
-        return
+        return model
     if is_fast_for_dense_int4(library):
         workshop = Workshop(library, "split", BufferPool(), MappedFiles())
         fused = fuse_dense_layers(find_dense_layers(model, is_integer), workshop)
         logger.debug("calibration runs %d layers as SCAPLinear", len(fused))
         model.validate_nodes_and_infer_types()
+    return model

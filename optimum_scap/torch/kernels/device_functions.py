@@ -76,14 +76,14 @@ def load_scale(scale, channels, mask):
 
 
 @triton.jit
-def centre(x, mode, threshold, scale):
+def center(x, mode, threshold, scale):
     """x - m where kept, else 0; and which elements are kept. Both in float32; `scale` may be None."""
-    centred = x.to(tl.float32) - mode
-    distance = tl.abs(centred)
+    centered = x.to(tl.float32) - mode
+    distance = tl.abs(centered)
     if scale is not None:
         distance = distance * scale
     keep = (distance <= threshold) == 0
-    return tl.where(keep, centred, 0.0), keep
+    return tl.where(keep, centered, 0.0), keep
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _any_row_keeps(x, x_stride, channels, channel_count, threshold, mode, scale,
         scales = load_scale(scale, channels, inside)
     for row in tl.static_range(ROWS):
         values = tl.load(x + row * x_stride + channels, mask=inside, other=0.0)
-        _, keep = centre(values, mode, threshold, scales)
+        _, keep = center(values, mode, threshold, scales)
         any_keeps = any_keeps | keep
     return (any_keeps & inside).to(tl.int32)
 
@@ -197,12 +197,12 @@ def _kept_of_rows(loaded, listed, threshold, mode, ROWS: tl.constexpr):
     kept = ()
     for row in tl.static_range(ROWS):
         if ROWS == 1:
-            centred = loaded[row].to(tl.float32) - mode
+            centered = loaded[row].to(tl.float32) - mode
         elif len(loaded) > ROWS:
-            centred, _ = centre(loaded[row], mode, threshold, loaded[ROWS])
+            centered, _ = center(loaded[row], mode, threshold, loaded[ROWS])
         else:
-            centred, _ = centre(loaded[row], mode, threshold, None)
-        kept += (tl.where(listed, centred, 0.0),)
+            centered, _ = center(loaded[row], mode, threshold, None)
+        kept += (tl.where(listed, centered, 0.0),)
     return kept
 
 

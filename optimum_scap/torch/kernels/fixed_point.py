@@ -16,7 +16,7 @@ An infinite or NaN input makes all outputs NaN.
 import triton
 import triton.language as tl
 
-from .device_functions import centre, load_scale
+from .device_functions import center, load_scale
 from .memory import hold, read
 
 
@@ -44,9 +44,9 @@ def _look_at(x, channels, channel_count, threshold, mode, scale):
     scales = None
     if scale is not None:
         scales = load_scale(scale, channels, inside)
-    centred, keep = centre(tl.load(x + channels, mask=inside, other=0.0), mode, threshold, scales)
+    centered, keep = center(tl.load(x + channels, mask=inside, other=0.0), mode, threshold, scales)
     keep = keep & inside
-    return centred, keep, tl.where(keep, tl.abs(centred).to(tl.int32, bitcast=True), 0)
+    return centered, keep, tl.where(keep, tl.abs(centered).to(tl.int32, bitcast=True), 0)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _write_entries(
     first,
     channels,
     channel_count,
-    centred,
+    centered,
     keep,
     inverse,
     position,
@@ -79,7 +79,7 @@ def _write_entries(
     if group_ends is not None:
         begins = ((first + channels) % GROUP_SIZE == 0) & (channels > 0) & (channels < channel_count)
         tl.store(group_ends + (first + channels) // GROUP_SIZE - first // GROUP_SIZE - 1, position, mask=begins)
-    scaled = tl.where(inverse > 0.0, centred * inverse, 0.0)
+    scaled = tl.where(inverse > 0.0, centered * inverse, 0.0)
     value = tl.floor(scaled + 0.5).to(tl.int64)
     tl.store(entries + position, (value << 32) | channels.to(tl.int64) * row_words, mask=keep)
 
@@ -115,8 +115,8 @@ def list_in_fixed_point(
         seen = ()
         for step in tl.static_range(STEPS):
             channels = _lane_channels(lanes, 0, step, LANES, STEPS, IN_ORDER)
-            centred, keep, bits = _look_at(x, channels, channel_count, threshold, mode, scale)
-            seen += (centred, keep)
+            centered, keep, bits = _look_at(x, channels, channel_count, threshold, mode, scale)
+            seen += (centered, keep)
             largest = tl.maximum(largest, bits)
             kept += keep.to(tl.int32)
         position = tl.cumsum(kept, 0) - kept
@@ -124,7 +124,7 @@ def list_in_fixed_point(
         unit, inverse = _unit_of(largest_of_all)
         for step in tl.static_range(STEPS):
             channels = _lane_channels(lanes, 0, step, LANES, STEPS, IN_ORDER)
-            centred = seen[2 * step]
+            centered = seen[2 * step]
             keep = seen[2 * step + 1]
             _write_entries(
                 entries,
@@ -133,7 +133,7 @@ def list_in_fixed_point(
                 first,
                 channels,
                 channel_count,
-                centred,
+                centered,
                 keep,
                 inverse,
                 position,
@@ -157,7 +157,7 @@ def list_in_fixed_point(
             position = count + tl.cumsum(kept, 0) - kept
             for step in tl.static_range(STEPS):
                 channels = _lane_channels(lanes, start, step, LANES, STEPS, IN_ORDER)
-                centred, keep, _ = _look_at(x, channels, channel_count, threshold, mode, scale)
+                centered, keep, _ = _look_at(x, channels, channel_count, threshold, mode, scale)
                 _write_entries(
                     entries,
                     row_words,
@@ -165,7 +165,7 @@ def list_in_fixed_point(
                     first,
                     channels,
                     channel_count,
-                    centred,
+                    centered,
                     keep,
                     inverse,
                     position,

@@ -127,7 +127,7 @@ def unpack_integers(word, zero, CONSTANTS: tl.constexpr):
     it, where a conversion would run at a quarter of the rate. `weights.packed` says where in a word integers stand.
     """
     BITS: tl.constexpr = CONSTANTS[0]
-    CENTRED: tl.constexpr = BITS == 8 or CONSTANTS[3]
+    CENTERED: tl.constexpr = BITS == 8 or CONSTANTS[3]
     MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
     word = word.to(tl.uint32, bitcast=True)
     # One instruction combines three registers, but only two if the third operand is another constant.
@@ -136,7 +136,7 @@ def unpack_integers(word, zero, CONSTANTS: tl.constexpr):
     for part in tl.static_range(32 // BITS):
         moved = _to_mantissa(word, 8 * (part % 4) + 4 * (part // 4), BITS)
         number = ((moved & MASK) | one).to(tl.float32, bitcast=True)
-        if CENTRED:
+        if CENTERED:
             number -= 1.5
         parts += (number,)
     return parts
@@ -166,14 +166,14 @@ def apply_integer_scales(sums, scales, ROWS: tl.constexpr, CONSTANTS: tl.constex
     """
     LEVELS: tl.constexpr = 1 << CONSTANTS[0]
     PARTS: tl.constexpr = 32 // CONSTANTS[0]
-    CENTRED: tl.constexpr = CONSTANTS[0] == 8 or CONSTANTS[3]
-    ORIGIN: tl.constexpr = -0.5 if CENTRED else 1.0
+    CENTERED: tl.constexpr = CONSTANTS[0] == 8 or CONSTANTS[3]
+    ORIGIN: tl.constexpr = -0.5 if CENTERED else 1.0
     totals = ()
     for row in tl.static_range(ROWS):
         x_sum = sums[ROWS * PARTS + row]
         for part in tl.static_range(PARTS):
             factor = scales[part].to(tl.float32) * LEVELS
-            if CONSTANTS[2] == "none" and CENTRED:
+            if CONSTANTS[2] == "none" and CENTERED:
                 total = sums[row * PARTS + part] * factor
             elif CONSTANTS[2] == "none":
                 total = (sums[row * PARTS + part] - (ORIGIN + 0.5) * x_sum) * factor

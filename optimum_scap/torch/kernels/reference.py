@@ -49,9 +49,9 @@ def _sparse_linear_float32(
 ) -> Tensor:
     check_scale(x, scale)
     weight_format = find_format(format)
-    centred = x.float() - mode
-    distance = centred.abs() if scale is None else centred.abs() * scale
-    kept = torch.where(distance <= threshold, 0.0, centred)
+    centered = x.float() - mode
+    distance = centered.abs() if scale is None else centered.abs() * scale
+    kept = torch.where(distance <= threshold, 0.0, centered)
     if mode == 0.0:  # what is kept is x itself: the product needs no copy of the weights in float32
         y = weight_format.multiply(kept.to(x.dtype), weights).float()
     else:

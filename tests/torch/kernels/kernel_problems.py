@@ -46,10 +46,10 @@ def random_input(generator: torch.Generator, rows: int, in_features: int, dtype:
 
 def expected(x: Tensor, layer: Layer) -> Tensor:
     """The formula in float64; what is kept is decided in float32."""
-    centred = x.float() - torch.tensor(layer.mode, dtype=torch.float32, device=x.device)
-    distance = centred.abs() if layer.scale is None else layer.scale * centred.abs()
+    centered = x.float() - torch.tensor(layer.mode, dtype=torch.float32, device=x.device)
+    distance = centered.abs() if layer.scale is None else layer.scale * centered.abs()
     keep = ~(distance <= torch.tensor(layer.threshold, dtype=torch.float32, device=x.device))
-    y = torch.where(keep, centred.double(), 0.0) @ layer.weight.double().t()
+    y = torch.where(keep, centered.double(), 0.0) @ layer.weight.double().t()
     return y if layer.bias is None else y + layer.bias.double()
 
 

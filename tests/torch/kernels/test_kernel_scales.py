@@ -93,9 +93,9 @@ def test_thresholds_that_are_the_criterion_of_a_value(values, scale_value, rows,
     for threshold in {float(scale[0] * (value - mode).abs()) for value in x[0, :3]}:
         layer.threshold = threshold
         mine, twin = (kept_values(kernels, x, layer) for kernels in IMPLEMENTATIONS.values())
-        centred = x - mode
+        centered = x - mode
         assert torch.equal(mine, twin)
-        assert torch.equal(mine, (scale * centred.abs() > threshold) & (centred != 0.0))
+        assert torch.equal(mine, (scale * centered.abs() > threshold) & (centered != 0.0))
         assert torch.equal(mine, kept_values(launch, x, layer, configuration))
 
 

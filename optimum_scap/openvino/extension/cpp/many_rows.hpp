@@ -135,8 +135,8 @@ struct Tiles {
     int64_t floats = 0;  // of the largest
 };
 
-/// Cuts `layers` times `columns` columns and `rows` rows into tiles, large ones first and small ones at the end: workers
-/// that are not equally fast finish together. Every cell stands for `depth` accumulators.
+/// Cuts `layers` times `columns` columns and `rows` rows into tiles, large ones first and small ones at the end:
+/// workers that are not equally fast finish together. Every cell stands for `depth` accumulators.
 inline Tiles cut_tiles(const int64_t* columns, const int64_t* units, int64_t layers, int64_t depth, int64_t rows,
                        int64_t workers, Arena& arena) {
     const int64_t row_units = ceil_div(rows, kRowUnit);
@@ -218,8 +218,8 @@ inline void many_rows(const MaskedRows& masked, int64_t rows, const Job& job, in
     });
 }
 
-/// What `down` reads: activation(gate) * up with its pruned entries 0, and what is left of it. Every tile of the sums is
-/// finished, multiplied and pruned while it is in a cache.
+/// What `down` reads: activation(gate) * up with its pruned entries 0, and what is left of it. Every tile of the sums
+/// is finished, multiplied and pruned while it is in a cache.
 inline MaskedRows hidden_rows(const float* x, int64_t rows, Threshold threshold, Threshold hidden_threshold,
                               Activation activation, const Job& job, Arena& arena) {
     const int64_t features = job.layers[0].out_features;

@@ -51,8 +51,8 @@ protected:
         float hidden_threshold = 0.0f;
     };
 
-    /// What the attributes mean. OpenVINO clones an operation for every inference whose shapes may have changed, to infer
-    /// them; the clones share what was read once.
+    /// What the attributes mean. OpenVINO clones an operation for every inference whose shapes may have changed, to
+    /// infer them; the clones share what was read once.
     struct Plan {
         Attributes attributes;
         std::vector<Weights> layers;       // without their data

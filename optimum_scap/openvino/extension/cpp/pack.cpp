@@ -216,9 +216,9 @@ SCAP_EXPORT int optimum_scap_buffer_layout(const char* weight_type, const char* 
     return 1;
 }
 
-/// Writes the rows of a weight buffer (see Weights) from weights as OpenVINO stores them: [out][in] values, `per_byte` of
-/// them (1, or 2 of 4 bits, the low nibble first) to a byte where they have no more bits; or (`is_transposed`) [in][out],
-/// one to a byte. Signed integers get their offset. Runs on all threads. `source` and `target` are aligned for their
+/// Writes the rows of a weight buffer (see Weights) from weights as OpenVINO stores them: [out][in] values, `per_byte`
+/// of them (1, or 2 of 4 bits, the low nibble first) to a byte where they have no more bits; or (`is_transposed`)
+/// [in][out], one to a byte. Signed integers get their offset. Runs on all threads. `source` and `target` are aligned for their
 /// values. Returns 0 where there is no such type.
 SCAP_EXPORT int optimum_scap_pack_rows(const char* weight_type, const void* source, int64_t out_features,
                                        int64_t in_features, int64_t per_byte, int is_signed, int is_transposed,
@@ -255,7 +255,8 @@ SCAP_EXPORT int optimum_scap_pack_rows(const char* weight_type, const void* sour
     return 1;
 }
 
-/// Whether dense layers of 4-bit weights decode faster here than with OpenVINO's own kernels. Measured with AVX-512 VNNI.
+/// Whether dense layers of 4-bit weights decode faster here than with OpenVINO's own kernels. Measured with AVX-512
+/// VNNI.
 SCAP_EXPORT int optimum_scap_is_fast_for_dense_int4() {
 #if defined(SCAP_VNNI) && defined(SCAP_AVX512)
     return 1;

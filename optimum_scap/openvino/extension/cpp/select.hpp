@@ -7,7 +7,8 @@
 
 namespace scap {
 
-/// Which activations are kept: scale_i * |x_i - mode| > threshold, every operation rounded once to float32. NaN is kept.
+/// Which activations are kept: scale_i * |x_i - mode| > threshold, every operation rounded once to float32.
+/// NaN is kept.
 struct Threshold {
     float mode = 0.0f;
     float threshold = 0.0f;
