@@ -9,12 +9,17 @@ A sparse model also runs q, k and v of attention in one launch, whether they are
 leaves dense through a kernel of ours. What is left of the speed-up with stock dense layers is a column of its own, and
 so is what those kernels give by themselves: a dense model with nothing else.
 
+`--weights int4|int8` has all of them, but for one dense model, hold integer weights. Ratios are then of the best dense
+model with these weights that torch has by itself: its INT4 kernel (tinygemm, groups of 128, bfloat16), or for INT8 one
+scale per output channel and a kernel of torch.compile. A dense model on the kernels of SCAP runs beside it.
+
 `--cats` adds CATS, on the Triton kernels of its authors, at the sparsity that costs as much quality as SCAP's first
 specification; `--reference` adds the reference's method, threshold masks and one of those kernels in float32 without
 compilation, beside the dense model run in the same way.
 """
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import time
@@ -24,6 +29,7 @@ from typing import Any
 import torch
 from gpu_baselines import CatsKernels, install_cats, install_reference, load_cats, pruned_fractions
 from random_models import SHAPES, random_llama
+from random_quantized import TINYGEMM_GROUP, Quantization, quantize, quantize_by_torch
 from scaffold import new_parser, write
 from torch import nn
 
@@ -46,13 +52,16 @@ WARM_UP = 2  # compiling and recording, then a run of what was recorded
 PREFILLS = 5  # per repeat: they are short, and compared within a few percent
 REFERENCE_REPEATS = 2
 DENSE, ATTENTION, CATS = "dense", "dense, attention as in SCAP", "CATS, attention as in SCAP"
+QUANTIZED = {"int4": Quantization(4, TINYGEMM_GROUP), "int8": Quantization(8, None)}
+LIBRARY, OURS = "dense, weights by torch", "dense, weights by SCAP"
 DENSE_FLOAT32, REFERENCE = "dense, float32, not compiled", "reference's method, float32, not compiled"
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--weights", choices=("dense", *QUANTIZED), default="dense")
+    parser.add_argument("--dtype", help="of activations (default: float16, bfloat16 with integer weights)")
     parser.add_argument("--scap", action="append", help="specification; repeat for several")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -76,6 +85,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.reference and arguments.cats is None:
         parser.error("--reference runs on the kernels of CATS: say where they are with --cats")
+    if arguments.cats and arguments.weights != "dense":
+        parser.error("--cats needs --weights dense: the kernels of CATS read float16")
+    if arguments.dtype is None:
+        arguments.dtype = "float16" if arguments.weights == "dense" else "bfloat16"
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels = load_cats(arguments.cats) if arguments.cats else None
@@ -88,6 +101,12 @@ def main() -> None:
     report, thresholds = _measure_models(specs, kernels, calibration, ids, arguments)
     print_report(report)
     result: dict[str, Any] = {"report": report.model_dump(mode="json")}
+    if arguments.weights != "dense":
+        decode = report.quantity("decode")
+        ratios = {name: decode.ratio(name, DENSE) for name in (LIBRARY, OURS, *specs)}
+        for name, ratio in ratios.items():
+            print(f"{name}: {ratio} of {DENSE}, {arguments.dtype}")
+        result["decode of dense"] = {name: dataclasses.asdict(ratio) for name, ratio in ratios.items() if ratio}
     if kernels:
         result["at equal quality"] = _compare_at_equal_quality(report, ours, arguments.cats_sparsity)
     gpu = device.type == "cuda"
@@ -116,8 +135,15 @@ def _measure_models(
     sparsity: dict[str, RealizedSparsity] = {}
     models: dict[str, Any] = {}
     thresholds: dict[str, dict[str, LayerParameters]] = {}
-    for name in (DENSE, ATTENTION, *specs, *([CATS] if kernels else [])):
+    quantization = QUANTIZED.get(arguments.weights)
+    others = [ATTENTION] if quantization is None else [LIBRARY, OURS]
+    for name in (DENSE, *others, *specs, *([CATS] if kernels else [])):
         model = random_llama(arguments.shape, device, dtype)
+        if name == LIBRARY:
+            assert quantization is not None
+            quantize_by_torch(model, quantization)
+        elif quantization is not None and name != DENSE:
+            quantize(model, quantization)
         if name in (ATTENTION, CATS):
             for block in model.model.layers:
                 run_dense_layers_together(block.self_attn)
@@ -127,7 +153,7 @@ def _measure_models(
             parameters = read_parameters(model)
             assert parameters is not None
             thresholds[name] = parameters.layers
-            if has_replaced_dense_layers(model):
+            if quantization is None and has_replaced_dense_layers(model):
                 twin = models[f"{name}, dense layers stock"] = random_llama(arguments.shape, device, dtype)
                 sparsify_activations(twin, parameters.model_copy(update={"dense_layers": "stock"}))
                 _share_weights(model, twin)
@@ -136,11 +162,22 @@ def _measure_models(
             install_cats(model, kernels, arguments.cats_sparsity, samples)
             sparsity[name] = pruned_fractions(model, ids)
         models[name] = model
+    if quantization is not None:
+        _check_same_weights(models[LIBRARY], models[OURS], ids)
     quantities = _take_turns(models, ids, arguments.prompt_tokens, arguments.repeats, not arguments.eager)
     if arguments.generate:
         chosen = {name: models[name] for name in (DENSE, next(iter(specs)))}
         quantities.append(_row("generate", "tokens/s", _measure_generate(chosen, ids[:, :32], device, arguments)))
-    return _report(models, quantities, sparsity, DENSE, arguments), thresholds
+    baseline = DENSE if quantization is None else LIBRARY
+    return _report(models, quantities, sparsity, baseline, arguments), thresholds
+
+
+@torch.no_grad()
+def _check_same_weights(model: Any, twin: Any, ids: torch.Tensor) -> None:
+    """Raises SystemExit if two models do not compute the same but for the rounding of 16 bits."""
+    logits, others = (each(ids, logits_to_keep=1).logits.float() for each in (model, twin))
+    if not (logits - others).norm() < 0.1 * logits.norm():
+        raise SystemExit(f"{LIBRARY} and {OURS} do not compute the same")
 
 
 def _share_weights(model: nn.Module, twin: nn.Module) -> None:
@@ -174,11 +211,16 @@ def _report(
     return Report(
         machine=describe_machine(gpu=torch.cuda.is_available()),
         settings={name: getattr(arguments, name) for name in names},
-        contestants=dict.fromkeys(models, f"{arguments.shape}, random weights, {arguments.dtype}"),
+        contestants={name: f"{arguments.shape}, random weights, {_kind(name, arguments)}" for name in models},
         baseline=baseline,
         quantities=(*quantities, _row("weights", "MiB", weights)),
         sparsity=sparsity,
     )
+
+
+def _kind(name: str, arguments: argparse.Namespace) -> str:
+    dense = name in (DENSE, DENSE_FLOAT32) or arguments.weights == "dense"
+    return arguments.dtype if dense else f"{arguments.weights}, {arguments.dtype}"
 
 
 def _row(name: str, unit: str, values: dict[str, list[float]]) -> Quantity:
