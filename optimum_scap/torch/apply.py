@@ -1,6 +1,5 @@
 """Puts parameters on a torch model: layers of it prune their inputs, blocks run theirs together."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,11 +13,12 @@ from ..errors import SCAPError
 from .blocks import convert_blocks
 from .convert import check_vectors, convert
 from .linear import is_pruned
-from .prunable import hooked_by_nncf, is_linear, is_quantized, why_dense
+from .owners import Owners
+from .prunable import is_linear, is_quantized, why_dense
 from .quantized import QuantizedLinear
 from .readers import adopt_layers, find_reader, keep_metadata, kept_metadata
 from .readers.compressed_tensors import packed_config
-from .readers.nncf import mark_layers
+from .readers.nncf import hooked_by_nncf, mark_layers
 from .saving import is_from_transformers
 from .wrappers import saved_modules, unwrap, why_adapter_forbids
 
@@ -69,11 +69,11 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
 
 def mark_tied(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Tells `layers` of `model`, pruned or about to be, which of them share their weights with another module."""
-    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    owners = Owners(model)
     for layer in layers:
         if isinstance(layer, QuantizedLinear):
             continue
-        layer._scap_is_tied = owners[id(layer.weight)] > 1  # type: ignore[assignment]
+        layer._scap_is_tied = owners[layer.weight] > 1  # type: ignore[assignment]
 
 
 def read_parameters(model: nn.Module) -> SCAPParameters | None:

@@ -15,13 +15,10 @@ from torch.nn import functional as F
 from ..errors import SCAPError
 from .quantized import QuantizedLinear
 from .readers import adopted
-from .readers.nncf import compressors
 from .weights.integers import dequantize
 
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Where NNCF keeps what it does between the operations of a model.
-_NNCF_HOOKS = "__nncf_hooks"
 
 
 def is_fully_connected(module: nn.Module) -> bool:
@@ -99,16 +96,8 @@ def weights_of(module: nn.Module) -> Tensor | None:
 
 def _has_plain_weight(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2 and type(weight) is nn.Parameter and not is_quantized(module)
-
-
-def hooked_by_nncf(model: nn.Module) -> bool:
-    """Whether NNCF computes something between the operations of `model`, such as quantizing their inputs; that it
-    decompresses weights does not count.
-    """
-    storages = [module._modules[_NNCF_HOOKS] for module in model.modules() if _NNCF_HOOKS in module._modules]
-    hooks = sum(len(points) for storage in storages for points in storage.children())  # type: ignore[union-attr,arg-type,misc]
-    return hooks > len(list(compressors(model)))
+    # Integers may stand packed there, in another shape.
+    return weight is not None and weight.dim() == 2 and type(weight) is nn.Parameter and weight.is_floating_point()
 
 
 def _why_not_ordinary_weights(module: nn.Module) -> str | None:

@@ -6,7 +6,6 @@ transformers, vLLM and others load.
 
 import io
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..errors import SCAPError, first_line
 from ..progress import ProgressBar
+from .owners import Owners
 from .prunable import is_conv1d, is_fully_connected
 from .quantized import QuantizedLinear
 from .readers import adopt_layers
@@ -124,13 +124,13 @@ def check_group_size(path: str, in_features: int, group_size: int) -> None:
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers to quantize by path."""
-    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    owners = Owners(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     found = {}
     for path, module in saved_modules(model):
         if module is head or not is_fully_connected(module):
             continue
-        if isinstance(module, nn.Linear) and owners[id(module.weight)] > 1:
+        if isinstance(module, nn.Linear) and owners[module.weight] > 1:
             continue
         if isinstance(module, nn.Linear | QuantizedLinear):
             found[path] = module

@@ -176,6 +176,16 @@ def groups_of(layer: LayerShape, group_size: int | None) -> int:
     return layer.in_features // group_size
 
 
+def to_signed(unsigned: Tensor, bits: int) -> Tensor:
+    """int8 integers around 0 of uint8 integers around 2^(bits - 1)."""
+    return (unsigned - (1 << bits - 1)).view(torch.int8)  # uint8 wraps around
+
+
+def to_unsigned(signed: Tensor, bits: int) -> Tensor:
+    """The reverse of `to_signed`."""
+    return signed.contiguous().view(torch.uint8) + (1 << bits - 1)
+
+
 def unpack_bits(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
     """The unsigned integers in words of 32 bits, uint8: `[rows, words]` to `[rows, words * 32 / bits]`.
 

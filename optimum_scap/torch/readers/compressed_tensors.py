@@ -23,7 +23,18 @@ from ...errors import SCAPError
 from ..quantized import Storage, StoredTensor
 from ..weights import IntegerWeights
 from ..weights.integers import BITS, SCALE_DTYPES, dequantize
-from .base import Adopted, LayerShape, LayerStorage, Reader, expect, pack_bits, stored_as, unpack_bits
+from .base import (
+    Adopted,
+    LayerShape,
+    LayerStorage,
+    Reader,
+    expect,
+    pack_bits,
+    stored_as,
+    to_signed,
+    to_unsigned,
+    unpack_bits,
+)
 
 
 FORMATS = ("pack-quantized", "int-quantized")
@@ -41,44 +52,42 @@ class _Storage(LayerStorage):
         self.scheme = (bits, group_size, not zeros)
 
     def read(self, tensors: Mapping[str, Tensor]) -> IntegerWeights:
-        origin = 1 << self._bits - 1
         if self._is_packed:
             shape = tensors["weight_shape"].tolist()
             if shape != [self._layer.out_features, self._layer.in_features]:
                 raise ValueError(f"weight_shape says {shape}")
             unsigned = unpack_bits(tensors["weight_packed"], self._bits)[:, : self._layer.in_features]
         else:
-            unsigned = _from_signed(tensors["weight"], origin)
+            unsigned = to_unsigned(tensors["weight"], self._bits)
         zero_points = tensors.get("weight_zero_point")
         scales = tensors["weight_scale"].contiguous()
         if "weight_offset" in tensors:
             return IntegerWeights(self._bits, unsigned.contiguous(), scales, tensors["weight_offset"].contiguous())
         if zero_points is None:
-            return IntegerWeights(self._bits, _to_signed(unsigned, origin), scales)
+            return IntegerWeights(self._bits, to_signed(unsigned, self._bits), scales)
         if self._is_packed:
             zero_points = unpack_bits(zero_points.t().contiguous(), self._bits).t()[: self._layer.out_features]
         else:
-            zero_points = _from_signed(zero_points, origin)
+            zero_points = to_unsigned(zero_points, self._bits)
         return IntegerWeights(self._bits, unsigned.contiguous(), scales, zero_points.contiguous())
 
     def write(self, weights: IntegerWeights) -> dict[str, Tensor]:
         bits, integers, scales, zero_points = weights
-        origin = 1 << bits - 1
         found = {"weight_scale": scales}
-        unsigned = _from_signed(integers, origin) if zero_points is None else integers
+        unsigned = to_unsigned(integers, bits) if zero_points is None else integers
         if self._is_packed:
             shape = [self._layer.out_features, self._layer.in_features]
             found["weight_packed"] = pack_bits(unsigned, bits)
             found["weight_shape"] = torch.tensor(shape, dtype=self.tensors["weight_shape"].dtype, device=scales.device)
         else:
-            found["weight"] = _to_signed(unsigned, origin)
+            found["weight"] = to_signed(unsigned, bits)
         if "weight_offset" in self.tensors:
             assert zero_points is not None
             found["weight_offset"] = zero_points
         elif zero_points is not None and self._is_packed:
             found["weight_zero_point"] = pack_bits(zero_points.t().contiguous(), bits).t().contiguous()
         elif zero_points is not None:
-            found["weight_zero_point"] = _to_signed(zero_points, origin)
+            found["weight_zero_point"] = to_signed(zero_points, bits)
         return {name: found[name] for name in self.tensors}
 
 
@@ -253,7 +262,7 @@ def _recovered(layer: LayerShape, bits: int, tensors: Mapping[str, Tensor]) -> I
     weights = IntegerWeights(bits, signed, scales.contiguous())
     if zero_points is not None:
         weights = IntegerWeights(
-            bits, _from_signed(signed, origin), scales.contiguous(), _from_signed(zero_points.to(torch.int8), origin)
+            bits, to_unsigned(signed, bits), scales.contiguous(), to_unsigned(zero_points.to(torch.int8), bits)
         )
     if not torch.equal(dequantize(weights, weight.dtype), weight):
         raise SCAPError(f"layer {layer.path}: its weights are no integers of {bits} bits times their scales")
@@ -263,11 +272,3 @@ def _recovered(layer: LayerShape, bits: int, tensors: Mapping[str, Tensor]) -> I
 def _only_bits(config: Mapping[str, Any]) -> int:
     """The number of bits that the config names first, for messages about a shape that fits none."""
     return next(scheme["weights"]["num_bits"] for scheme in config["config_groups"].values())
-
-
-def _to_signed(unsigned: Tensor, origin: int) -> Tensor:
-    return (unsigned - origin).view(torch.int8)  # uint8 wraps around
-
-
-def _from_signed(signed: Tensor, origin: int) -> Tensor:
-    return signed.contiguous().view(torch.uint8) + origin

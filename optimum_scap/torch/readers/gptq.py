@@ -22,7 +22,17 @@ from ...errors import SCAPError
 from ..quantized import StoredTensor
 from ..weights import IntegerWeights
 from ..weights.integers import BITS, SCALE_DTYPES
-from .base import LayerShape, LayerStorage, Reader, expect, groups_of, pack_bits, unpack_bits
+from .base import (
+    LayerShape,
+    LayerStorage,
+    Reader,
+    expect,
+    groups_of,
+    pack_bits,
+    to_signed,
+    to_unsigned,
+    unpack_bits,
+)
 
 
 class _Storage(LayerStorage):
@@ -52,15 +62,14 @@ class _Storage(LayerStorage):
         if self._symmetric:
             if bool((zero_points != origin).any()):
                 raise ValueError(f"qzeros has other zero points than {origin}, though the config says sym")
-            return IntegerWeights(bits, (integers - origin).view(torch.int8), scales)  # uint8 wraps around
+            return IntegerWeights(bits, to_signed(integers, bits), scales)
         return IntegerWeights(bits, integers, scales, zero_points.contiguous())
 
     def write(self, weights: IntegerWeights) -> dict[str, Tensor]:
         bits, integers, scales, zero_points = weights
         if zero_points is None:
-            origin = 1 << bits - 1
-            integers = integers.view(torch.uint8) + origin
-            zero_points = torch.full_like(scales, origin, dtype=torch.uint8)
+            integers = to_unsigned(integers, bits)
+            zero_points = torch.full_like(scales, 1 << bits - 1, dtype=torch.uint8)
         found = {
             "qweight": pack_bits(integers, bits).t().contiguous(),
             "qzeros": pack_bits(zero_points.t().contiguous(), bits) - self._less,

@@ -11,7 +11,6 @@ weight that two layers share, the weights are saved multiplied out.
 
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SCAPError
+from ..owners import Owners
 from ..quantized import Storage, StoredTensor
 from ..weights import IntegerWeights
-from .base import Adopted, LayerShape, Reader
+from .base import Adopted, LayerShape, Reader, to_signed
 from .compressed_tensors import packed_storage
 
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _HOOKS = "__nncf_hooks"
 # What a layer of such a model is told about the function that decompresses its weights.
 _MARK = "_scap_nncf_decompressor"
+_NO_CHECKPOINTS = "NNCF has no checkpoints of transformers models"
 
 
 def compressors(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str, nn.Module]]:
@@ -49,12 +50,21 @@ def compressors(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, s
             yield root, key, root.get_submodule(".".join(path)), name, hooks[0]
 
 
+def hooked_by_nncf(model: nn.Module) -> bool:
+    """Whether NNCF computes something between the operations of `model`, such as quantizing their inputs; that it
+    decompresses weights does not count.
+    """
+    storages = [module._modules[_HOOKS] for module in model.modules() if _HOOKS in module._modules]
+    hooks = sum(len(points) for storage in storages for points in storage.children())  # type: ignore[union-attr,arg-type,misc]
+    return hooks > len(list(compressors(model)))
+
+
 def mark_layers(model: nn.Module) -> None:
     """Tells the layers of a model of NNCF which function decompresses their weights."""
     found = list(compressors(model))
-    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    owners = Owners(model)
     for _, _, module, name, function in found:
-        if isinstance(module, nn.Linear) and name == "weight" and owners[id(module.weight)] == 1:
+        if isinstance(module, nn.Linear) and name == "weight" and owners[module.weight] == 1:
             object.__setattr__(module, _MARK, function)  # no child of the layer
 
 
@@ -83,7 +93,7 @@ class NNCFReader(Reader):
     marker = ""
 
     def check(self, config: Mapping[str, Any]) -> None:
-        raise SCAPError("NNCF has no checkpoints of transformers models")
+        raise SCAPError(_NO_CHECKPOINTS)
 
     def storage(
         self,
@@ -92,7 +102,7 @@ class NNCFReader(Reader):
         stored: Mapping[str, StoredTensor],
         metadata: Mapping[str, str],
     ) -> Storage:
-        raise SCAPError("NNCF has no checkpoints of transformers models")
+        raise SCAPError(_NO_CHECKPOINTS)
 
     def adopt(self, module: nn.Module, path: str) -> Adopted | None:
         function = module.__dict__.get(_MARK)
@@ -125,7 +135,7 @@ def _weights(layer: LayerShape, weight: Tensor, function: Any) -> IntegerWeights
     zero_points = None if symmetric else function._zero_point
     if bits == 4:
         unsigned = _nibbles(weight).view(shape)
-        integers = (unsigned - 8).view(torch.int8) if symmetric else unsigned  # uint8 wraps around
+        integers = to_signed(unsigned, bits) if symmetric else unsigned
         zero_points = None if zero_points is None else _nibbles(zero_points).view(scales.shape)
     else:
         integers = weight.view(shape)

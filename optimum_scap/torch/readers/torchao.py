@@ -24,7 +24,7 @@ from ...errors import SCAPError
 from ..quantized import StoredTensor
 from ..weights import IntegerWeights
 from ..weights.integers import BITS, SCALE_DTYPES
-from .base import Adopted, LayerShape, LayerStorage, Reader, expect, stored_as
+from .base import Adopted, LayerShape, LayerStorage, Reader, expect, stored_as, to_signed, to_unsigned
 
 
 _PREFIX = "_weight_"
@@ -45,8 +45,7 @@ class _Storage(LayerStorage):
                 raise ValueError(f"{_PREFIX}zero_point is not zero, though the config says symmetric")
             return IntegerWeights(self._bits, integers.contiguous(), scales.contiguous())
         assert zero_points is not None
-        origin = 1 << self._bits - 1
-        unsigned, moved = (value.contiguous().view(torch.uint8) + origin for value in (integers, zero_points))
+        unsigned, moved = (to_unsigned(value, self._bits) for value in (integers, zero_points))
         return IntegerWeights(self._bits, unsigned, scales.contiguous(), moved)
 
     def write(self, weights: IntegerWeights) -> dict[str, Tensor]:
@@ -56,9 +55,8 @@ class _Storage(LayerStorage):
             found[f"{_PREFIX}qdata"] = integers
             found[f"{_PREFIX}zero_point"] = torch.zeros(scales.shape, dtype=torch.int8, device=scales.device)
         else:
-            origin = 1 << bits - 1
-            found[f"{_PREFIX}qdata"] = (integers - origin).view(torch.int8)  # uint8 wraps around
-            found[f"{_PREFIX}zero_point"] = (zero_points - origin).view(torch.int8)
+            found[f"{_PREFIX}qdata"] = to_signed(integers, bits)
+            found[f"{_PREFIX}zero_point"] = to_signed(zero_points, bits)
         return {name: found[name] for name in self.tensors}
 
 
