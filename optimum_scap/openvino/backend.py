@@ -14,6 +14,7 @@ from ..core.targets import Group
 from ..errors import SCAPError, printable
 from .collect import OpenVINOCollector, OpenVINOCounter
 from .graph import FullyConnected, evaluate_weights, group_by_input, named_layers
+from .names import name_layers
 from .parameters import RT_INFO, read_parameters
 from .threshold_ops import add_bias_correction, find_threshold_ops, insert_threshold_ops
 
@@ -39,6 +40,7 @@ class OpenVINOBackend(core.Backend):
 
     def layers(self) -> Layers:
         self._check_is_dense()
+        name_layers(self._model)
         named = named_layers(self._model)
         prunable = {
             path: Layer(path, layer.role, layer.in_features, layer.out_features) for path, layer in named.items()
@@ -60,6 +62,7 @@ class OpenVINOBackend(core.Backend):
 
     def apply(self, parameters: SCAPParameters) -> None:
         self._check_is_dense()
+        name_layers(self._model)
         named = named_layers(self._model)
         names = match_paths(parameters.layers, named)
         if not named:
