@@ -239,4 +239,4 @@ def read_model(path: Path, library: Path | None = None) -> ov.Model:
             core.add_extension(str(library))
         return core.read_model(path)
     except (RuntimeError, UnicodeDecodeError) as error:
-        raise SCAPError(f"{path} cannot be read: {first_line(readable(error))}") from error
+        raise SCAPError(f"{path} cannot be read: {first_line(readable(error, path))}") from error

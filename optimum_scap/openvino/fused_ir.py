@@ -50,11 +50,22 @@ def read_fused_ir(path: Path) -> FusedIR:
     return FusedIR(reader.parameters, frozenset(reader.precisions))
 
 
-def readable(error: Exception) -> Exception:
-    """`error` of OpenVINO, which quotes a damaged IR: what is no text makes a UnicodeDecodeError of any error."""
-    if not isinstance(error, UnicodeDecodeError):
+def readable(error: Exception, path: Path) -> Exception:
+    """`error` of OpenVINO, in words, where it quotes what is no text in the damaged IR `path`.
+
+    Such an error arrives as a UnicodeDecodeError, and on Python 3.11.2 and older as one that says nothing.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return RuntimeError(error.object.decode(errors="replace"))
+    if str(error):
         return error
-    return RuntimeError(error.object.decode(errors="replace"))
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as found:
+        around = content[max(0, found.start - 40) : found.end + 40].decode(errors="replace")
+        return RuntimeError(f"{path.name} holds what is no text: {around}")
+    return error
 
 
 class _Reader:

@@ -74,8 +74,11 @@ class SparseRuntimeMixin:
         _prepare_core(Path(file_name))
         try:
             return modeling_base.OVBaseModel.load_model(file_name, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            raise readable(error) from error
+        except (RuntimeError, UnicodeDecodeError) as error:
+            said = readable(error, Path(file_name))
+            if said is error:
+                raise
+            raise said from error
 
     @staticmethod
     def _compile_model(

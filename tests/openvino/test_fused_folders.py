@@ -20,7 +20,7 @@ from optimum_scap.openvino import modeling
 from optimum_scap.openvino.extension.build import ExtensionBuildError
 from optimum_scap.openvino.files import check_is_portable, model_files, read_folder_parameters
 from optimum_scap.openvino.fuse import is_operation
-from optimum_scap.openvino.fused_ir import is_fused, read_fused_ir
+from optimum_scap.openvino.fused_ir import is_fused, read_fused_ir, readable
 from optimum_scap.openvino.inference import EXACT
 from optimum_scap.openvino.modeling import fused_clone, preferred_precision
 
@@ -177,6 +177,18 @@ def test_an_ir_with_a_byte_that_is_no_text_is_an_error_in_words(
     (folder / IR).write_bytes(content.replace(b'type="SCAPFeedForward"', b'type="SCAP\xe9eedForward"'))
     with pytest.raises(RuntimeError, match="SCAP\ufffdeedForward"):
         OVModelForCausalLM.from_pretrained(folder, compile_only=compile_only)
+
+
+def test_an_error_without_words_says_what_is_no_text(tmp_path: Path) -> None:
+    """What OpenVINO's error about such an IR is on Python 3.11.2."""
+    file = tmp_path / IR
+    file.write_bytes(b'<net><layer type="SCAP\xe9x"/></net>')
+    assert 'openvino_model.xml holds what is no text: <net><layer type="SCAP\ufffdx"/></net>' in str(
+        readable(RuntimeError(), file)
+    )
+    file.write_text("<net/>")
+    empty, said = RuntimeError(), RuntimeError("cannot")
+    assert readable(empty, file) is empty and readable(said, file) is said
 
 
 def test_model_files_are_those_that_optimum_intel_takes_for_one(tmp_path: Path) -> None:
