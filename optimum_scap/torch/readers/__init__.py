@@ -16,6 +16,7 @@ from torch import nn
 from ...core.roles import find_role
 from ...core.sites import match_paths
 from ...errors import SCAPError, first_line
+from ...memory import give_back_freed
 from ..quantized import QuantizedLinear, StoredTensor
 from .base import Adopted, LayerShape, Reader
 from .nncf import mark_layers, release
@@ -154,6 +155,7 @@ def pack_model(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and not module.is_packed:
             module.pack()
+            give_back_freed()
 
 
 def adopted(module: nn.Module, path: str) -> Adopted | None:
