@@ -19,7 +19,7 @@ FRAMEWORKS = ("torch", "openvino", "nncf", "transformers", "datasets", "pyarrow"
 # From the ground up: a floor may import itself and what an earlier line holds.
 FLOORS = (
     ("errors",),
-    ("cache", "disk", "progress"),
+    ("cache", "disk", "memory", "progress"),
     ("core",),
     ("data", "tasks", "checkpoint"),
     ("torch", "openvino"),
