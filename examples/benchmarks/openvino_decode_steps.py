@@ -14,8 +14,8 @@ from scaffold import new_parser, write
 from optimum_scap.commands.tables import print_report
 from optimum_scap.evaluation.report import Quantity
 from optimum_scap.evaluation.speed import Contestant, Stepper, openvino_contestants, report_of
+from optimum_scap.openvino.arithmetic import preferred_precision
 from optimum_scap.openvino.fuse import fuse
-from optimum_scap.openvino.modeling import preferred_precision
 
 
 def compile_contestant(contestant: Contestant) -> Stepper:

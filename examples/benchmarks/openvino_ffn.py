@@ -18,9 +18,9 @@ from optimum_scap import sparsify_activations
 from optimum_scap.commands.tables import print_report
 from optimum_scap.evaluation.machine import describe_machine
 from optimum_scap.evaluation.report import Quantity, Report
+from optimum_scap.openvino.arithmetic import preferred_precision
 from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.fuse import fuse
-from optimum_scap.openvino.modeling import preferred_precision
 
 
 SHAPES = {"1B": (2048, 8192), "7B": (4096, 11008)}  # hidden and inner features, of Llama-3.2-1B and Llama-2-7B

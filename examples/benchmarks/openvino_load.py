@@ -19,9 +19,9 @@ from scaffold import new_parser, write
 
 from optimum_scap.evaluation.machine import describe_machine
 from optimum_scap.evaluation.speed import Stepper
+from optimum_scap.openvino.arithmetic import preferred_precision
 from optimum_scap.openvino.extension.build import build_extension
 from optimum_scap.openvino.fuse import fuse
-from optimum_scap.openvino.modeling import preferred_precision
 
 
 def timed(run: Callable[[], Any], stages: list[float]) -> Any:

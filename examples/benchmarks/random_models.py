@@ -5,7 +5,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, int]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mistral-7b": {
         "hidden_size": 4096,
@@ -13,6 +13,14 @@ SHAPES = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
     },
     # the smallest that the kernels of CATS compute right, see gpu_baselines.py
     "small": {
@@ -26,9 +34,13 @@ SHAPES = {
 }
 
 
-def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama of one of SHAPES. Weights are scaled so that activations keep their size from layer to layer."""
-    config = LlamaConfig(**SHAPES[shape], vocab_size=32000, max_position_embeddings=4096)
+def random_llama(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> LlamaForCausalLM:
+    """A Llama of one of SHAPES, or of so many of its layers.
+
+    Weights are scaled so that activations keep their size from layer to layer.
+    """
+    fields = {"vocab_size": 32000, "max_position_embeddings": 4096, **SHAPES[shape]}
+    config = LlamaConfig(**fields | ({} if layers is None else {"num_hidden_layers": layers}))
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -161,10 +161,10 @@ def openvino_contestants(model: Path, baseline: Path | None = None, *, portable:
 
 def _replaces_dense_layers(folder: Path) -> bool:
     """Whether the C++ operations take the place of dense layers, too, when the model in `folder` is loaded."""
+    from ..openvino.arithmetic import preferred_precision
     from ..openvino.extension.build import ExtensionBuildError, build_extension
     from ..openvino.files import model_files, read_model
     from ..openvino.fuse import replaces_dense_layers
-    from ..openvino.modeling import preferred_precision
 
     # Compiled once in a machine's life, so that it is no part of the first model's load time.
     try:

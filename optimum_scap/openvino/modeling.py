@@ -16,25 +16,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import openvino as ov
 import optimum.intel
-from openvino import opset13 as opset
 from optimum.intel.openvino import modeling_base
 
 from ..core.config import DenseLayers
 from ..errors import SCAPError, first_line
+from .arithmetic import asked_group_size, preferred_group_size, preferred_precision
 from .extension.build import ExtensionBuildError, build_extension
-from .fuse import fuse, is_operation, set_precision
+from .fuse import fuse, is_operation, set_attributes
 from .fused_ir import is_fused, readable
 from .optimum_intel import quiet_offline_guess
 from .threshold_ops import find_threshold_ops
 
 
 logger = logging.getLogger(__name__)
-
-# What says how OpenVINO is to compute, in the config of a model.
-_PRECISION_KEYS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "DEVICE_PROPERTIES")
 
 
 class SparseRuntimeMixin:
@@ -128,9 +124,10 @@ def fused_clone(
     """A clone of `model` with its sparse layers fused; `model` itself where there is nothing to change or no way to.
 
     Args:
-        model: any model; it is not changed. Operations that it holds already compute in f32 in the clone, if asked to.
+        model: any model; it is not changed. Operations that it holds already compute in f32, and with groups of
+            activations as wide, as `ov_config` asks for in so many words.
         device: the operations exist for the CPU only.
-        ov_config: what OpenVINO is told, see `preferred_precision`.
+        ov_config: what OpenVINO is told, see `arithmetic`.
         precision: that of the operations, instead of what `ov_config` asks for.
         dense_layers: what becomes of layers that are not pruned, see `fuse`.
 
@@ -142,16 +139,23 @@ def fused_clone(
     if not held and not is_sparse:
         return model
     precision = precision or preferred_precision(ov_config)
-    if precision == "f32" and any(node.get_attributes()["precision"] != "f32" for node in held):
+    asked = _asked_of_operations(precision, ov_config)
+    if any(node.get_attributes().get(name, "0") != value for node in held for name, value in asked.items()):
         model = model.clone()
-        set_precision(model, precision)
+        set_attributes(model, asked)
     if not is_sparse:
         return model
     clone = model.clone()
     try:
         library = build_extension()
         extend_core(library)
-        report = fuse(clone, precision=precision, library=library, dense_layers=dense_layers)
+        report = fuse(
+            clone,
+            precision=precision,
+            activation_group_size=preferred_group_size(ov_config),
+            library=library,
+            dense_layers=dense_layers,
+        )
     except ExtensionBuildError as error:
         warnings.warn(f"SCAP runs with OpenVINO's own operations, at the dense speed: {error}", stacklevel=2)
         return model
@@ -159,36 +163,11 @@ def fused_clone(
     return clone if report.fused else model
 
 
-def preferred_precision(ov_config: dict[str, Any] | None = None) -> str:
-    """The precision of the operations for a model's `ov_config`.
-
-    f32 where OpenVINO is told to compute in it: by `INFERENCE_PRECISION_HINT`, by `EXECUTION_MODE_HINT`, or by
-    properties of optimum-intel's core. Else what OpenVINO would do with many rows on this CPU: bf16 where it is
-    native.
-
-    Raises:
-        RuntimeError: OpenVINO does not know one of the values.
-    """
-    asked = {key: value for key, value in (ov_config or {}).items() if key in _PRECISION_KEYS}
-    hinted = _inference_precision(asked)
-    is_named = "INFERENCE_PRECISION_HINT" in str(asked)
-    # CPUs without native bf16 answer f32 where nobody asked; dynamic is what the accuracy mode answers.
-    if hinted == ov.Type.dynamic or (hinted == ov.Type.f32 and (is_named or _prefers_bf16())):
-        return "f32"
-    return "bf16" if hinted == ov.Type.bf16 and _prefers_bf16() else "split"
-
-
-def _inference_precision(config: dict[str, Any]) -> ov.Type:
-    """What OpenVINO makes of `config`, asked by a model of one operation: it knows many spellings."""
-    x = opset.parameter([1], np.float32)
-    model = ov.Model([opset.relu(x)], [x], "precision")
-    compiled = modeling_base.core.compile_model(model, "CPU", config | {"CACHE_DIR": ""})
-    return compiled.get_property("INFERENCE_PRECISION_HINT")
-
-
-@lru_cache
-def _prefers_bf16() -> bool:
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+def _asked_of_operations(precision: str, ov_config: dict[str, Any] | None) -> dict[str, str]:
+    """The attributes that operations get that were made before."""
+    group_size = asked_group_size(ov_config)
+    asked = {} if group_size is None else {"activation_group_size": str(group_size)}
+    return asked | ({"precision": precision} if precision == "f32" else {})
 
 
 @contextmanager

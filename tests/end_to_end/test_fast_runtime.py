@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 import optimum_scap
 from optimum_scap.evaluation.report import Report
 from optimum_scap.evaluation.speed import load, openvino_contestants
+from optimum_scap.openvino.arithmetic import preferred_precision
 from optimum_scap.openvino.extension.build import build_extension, find_compiler, openvino_flags
 from optimum_scap.openvino.extension.packing import is_fast_for_dense_int4
 from optimum_scap.openvino.inference import EXACT
-from optimum_scap.openvino.modeling import preferred_precision
 from optimum_scap.openvino.threshold_ops import find_threshold_ops
 
 

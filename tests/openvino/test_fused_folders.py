@@ -16,13 +16,14 @@ from small_model import write_sparse_llama
 
 from optimum_scap import OVModelForCausalLM, SCAPError
 from optimum_scap.folders import fuse_folder
-from optimum_scap.openvino import modeling
+from optimum_scap.openvino import arithmetic, modeling
+from optimum_scap.openvino.arithmetic import preferred_precision
 from optimum_scap.openvino.extension.build import ExtensionBuildError
 from optimum_scap.openvino.files import check_is_portable, model_files, read_folder_parameters
 from optimum_scap.openvino.fuse import is_operation
 from optimum_scap.openvino.fused_ir import is_fused, read_fused_ir, readable
 from optimum_scap.openvino.inference import EXACT
-from optimum_scap.openvino.modeling import fused_clone, preferred_precision
+from optimum_scap.openvino.modeling import fused_clone
 
 
 IDS = torch.tensor([[11, 54, 23, 90, 77, 30]])
@@ -59,6 +60,10 @@ def precisions(model: ov.Model) -> set[str]:
     return {node.get_attributes()["precision"] for node in model.get_ops() if is_operation(node)}
 
 
+def group_sizes(model: ov.Model) -> set[str]:
+    return {node.get_attributes()["activation_group_size"] for node in model.get_ops() if is_operation(node)}
+
+
 # What OpenVINO takes for f32, and what it does not.
 F32 = (
     {"INFERENCE_PRECISION_HINT": "f32"},
@@ -92,16 +97,47 @@ def test_f32_is_what_was_asked_for_only(config: dict[str, Any] | None) -> None:
 
 
 def test_the_precision_of_half_floats_is_not_that_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling, "_inference_precision", lambda config: ov.Type.f16)  # some CPUs take bf16 instead
+    monkeypatch.setattr(arithmetic, "_inference_precision", lambda config: ov.Type.f16)  # some CPUs take bf16 instead
     assert preferred_precision({"INFERENCE_PRECISION_HINT": "f16"}) == "split"
 
 
 @pytest.mark.parametrize("hinted", [ov.Type.f32, ov.Type.bf16])
 def test_a_cpu_without_bf16_answers_f32_where_nobody_asked(hinted: ov.Type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling, "_prefers_bf16", lambda: False)
-    monkeypatch.setattr(modeling, "_inference_precision", lambda config: hinted)
+    monkeypatch.setattr(arithmetic, "_prefers_bf16", lambda: False)
+    monkeypatch.setattr(arithmetic, "_inference_precision", lambda config: hinted)
     assert preferred_precision({}) == preferred_precision({"EXECUTION_MODE_HINT": "PERFORMANCE"}) == "split"
     assert preferred_precision({"INFERENCE_PRECISION_HINT": "?"}) == ("f32" if hinted == ov.Type.f32 else "split")
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({}, arithmetic.DEFAULT_GROUP_SIZE),
+        ({"PERFORMANCE_HINT": "LATENCY"}, arithmetic.DEFAULT_GROUP_SIZE),
+        ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}, 0),
+        ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}, 32),
+        ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}, 64),
+        ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": "1"}, 16),
+        ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(2**64 - 1)}, 256),  # OpenVINO's "per channel"
+        ({"DEVICE_PROPERTIES": {"CPU": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}}, 0),
+        ({"EXECUTION_MODE_HINT": "ACCURACY"}, 0),
+    ],
+    ids=str,
+)
+def test_groups_of_activations_are_as_openvino_is_told(
+    small_sparse: Path, small_fused: Path, config: dict[str, Any], size: int
+) -> None:
+    asked_for_nothing = size == arithmetic.DEFAULT_GROUP_SIZE
+    for folder in (small_sparse, small_fused):
+        model = OVModelForCausalLM.from_pretrained(folder, compile=False)
+        held = group_sizes(model.model)
+        made = group_sizes(fused_clone(model.model, ov_config=config))
+        assert made == (held if held and asked_for_nothing else {str(size)})
+
+
+def test_a_group_size_of_the_core_counts(fresh_core: ov.Core) -> None:
+    fresh_core.set_property("CPU", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"})
+    assert arithmetic.preferred_group_size() == 64
 
 
 def test_what_openvino_does_not_know_is_its_error(small_fused: Path) -> None:

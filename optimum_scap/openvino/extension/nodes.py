@@ -27,6 +27,7 @@ def create_linear(
     scale: np.ndarray | None = None,
     decode_only: bool = False,
     precision: str = "split",
+    activation_group_size: int = 0,
     library: Path | None = None,
 ) -> ov.Node:
     """``SCAPLinear``: the layers' results on one thresholded input, one output per layer.
@@ -38,6 +39,8 @@ def create_linear(
         scale: ``[in_features]``, finite, not negative: keep where ``scale * |x - mode| > threshold``, all in float32.
         decode_only: dense where the last dimension of ``x`` but one (the tokens of a sequence) is not 1.
         precision: ``f32``, ``split`` (relative error below 1e-3) or ``bf16`` (float weights and many rows in bf16).
+        activation_group_size: with integer weights, and more rows than a few, activations get one byte, and at most so
+            many channels (16 at least) share a scale; 0 is two bytes.
         library: a library of ``build_extension``; default builds (or finds) the native one.
 
     Raises:
@@ -46,7 +49,7 @@ def create_linear(
         ValueError: a scale of another shape, not finite or negative.
     """
     scales = {"input": _scale("scale", scale, layers[0].in_features)}
-    attributes = _attributes(layers, mode, threshold, decode_only, precision, scales)
+    attributes = _attributes(layers, mode, threshold, decode_only, precision, activation_group_size, scales)
     return _factory(library or build_extension()).create("SCAPLinear", _inputs(x, layers, scales), attributes)
 
 
@@ -63,6 +66,7 @@ def create_feed_forward(
     hidden_threshold: float = 0.0,
     hidden_scale: np.ndarray | None = None,
     precision: str = "split",
+    activation_group_size: int = 0,
     library: Path | None = None,
 ) -> ov.Node:
     """``SCAPFeedForward``: ``down(sparse(activation(gate(sparse(x))) * up(sparse(x))))`` in one node.
@@ -81,7 +85,7 @@ def create_feed_forward(
         "input": _scale("scale", scale, layers[0].in_features),
         "hidden": _scale("hidden_scale", hidden_scale, layers[-1].in_features),
     }
-    attributes = _attributes(layers, mode, threshold, decode_only, precision, scales) | {
+    attributes = _attributes(layers, mode, threshold, decode_only, precision, activation_group_size, scales) | {
         "activation": activation,
         "hidden_mode": _number(hidden_mode),
         "hidden_threshold": _number(hidden_threshold),
@@ -124,6 +128,7 @@ def _attributes(
     threshold: float,
     decode_only: bool,
     precision: str,
+    activation_group_size: int,
     scales: dict[str, np.ndarray | None],
 ) -> dict[str, str]:
     """Every attribute as text: see ``SparseOp`` in op.hpp."""
@@ -140,6 +145,7 @@ def _attributes(
         "decode_only": "true" if decode_only else "false",
         "scaled": ", ".join(name for name, scale in scales.items() if scale is not None),
         "precision": precision,
+        "activation_group_size": str(activation_group_size),
     }
 
 

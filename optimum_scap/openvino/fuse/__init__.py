@@ -9,6 +9,7 @@ A further kind of block (experts) is a file beside `ffn` and `linear`, and its e
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from .layer import BlockKind, FusedLayer, Workshop, prepare
 from .linear import find_dense_layers, fuse_dense_layers, fuse_linear_layers
 
 
-__all__ = ["FusionReport", "fuse", "is_operation", "replaces_dense_layers", "set_precision"]
+__all__ = ["FusionReport", "fuse", "is_operation", "replaces_dense_layers", "set_attributes"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def fuse(
     model: ov.Model,
     *,
     precision: str = "split",
+    activation_group_size: int = 0,
     library: Path | None = None,
     dense_int4: bool | None = None,
     dense_layers: DenseLayers | None = None,
@@ -59,7 +61,7 @@ def fuse(
 
     Args:
         model: a model with threshold operations; one without is left as it is.
-        precision: `f32`, `split` or `bf16`, see `extension.nodes.create_linear`.
+        precision, activation_group_size: how the operations compute, see `extension.nodes.create_linear`.
         library: the compiled extension; by default it is built or found in the cache.
         dense_int4: whether layers of 4-bit weights that are not pruned use the operation too; by default where that is
             faster: in models that generate token by token, on CPUs with AVX-512 VNNI, unless f32 is asked for. A model
@@ -74,7 +76,7 @@ def fuse(
     if not found_ops:
         return report
     # Finding the library asks the compiler for its version: once for a model, not once for every node.
-    workshop = Workshop(library or build_extension(), precision, BufferPool(), MappedFiles())
+    workshop = Workshop(library or build_extension(), precision, BufferPool(), MappedFiles(), activation_group_size)
     ready: dict[str, FusedLayer] = {}
     for ops in found_ops:
         try:
@@ -136,15 +138,16 @@ def is_operation(node: ov.Node) -> bool:
     return node.get_type_info().version_id == OPSET
 
 
-def set_precision(model: ov.Model, precision: str) -> None:
-    """Has the C++ operations that `model` holds compute in another precision, in place.
+def set_attributes(model: ov.Model, attributes: Mapping[str, str]) -> None:
+    """Has the C++ operations that `model` holds compute in another way, in place.
 
     Raises:
-        RuntimeError: there is no such precision.
+        RuntimeError: an attribute that the operations do not have, or a value that it does not take.
     """
     for node in model.get_ops():
         if is_operation(node):
-            node.set_attribute("precision", precision)
+            for name, value in attributes.items():
+                node.set_attribute(name, value)
     model.validate_nodes_and_infer_types()
 
 

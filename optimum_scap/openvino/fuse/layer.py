@@ -21,17 +21,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Workshop:
-    """What it takes to make operations: the compiled extension, their precision, and memory for packed weights."""
+    """What it takes to make operations: the compiled extension, how they compute, and memory for packed weights."""
 
     library: Path
     precision: str
     pool: BufferPool
     files: MappedFiles
+    activation_group_size: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that all operations take."""
-        return {"precision": self.precision, "library": self.library}
+        return {
+            "precision": self.precision,
+            "activation_group_size": self.activation_group_size,
+            "library": self.library,
+        }
 
     def pack(self, layer: FullyConnected, bias: np.ndarray | None) -> PackedLayer:
         """The weights and the bias of `layer` as the operations read them.

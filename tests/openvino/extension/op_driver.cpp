@@ -326,6 +326,7 @@ void check_attributes(size_t layers) {
         {"threshold", {"", "0.5x", "1e39", "1e9999", "nan", "-inf"}},
         {"decode_only", {"", "maybe", "True", "2", "yes"}},
         {"precision", {"", "F32", "int3", "f32 "}},
+        {"activation_group_size", {"-1", "1", "15", "64x", "no"}},
         {"scaled", {"input", "hidden", "input, hidden", "inputs", "none", " "}},  // there is no such input
     };
     for (const auto& [name, values] : texts) {

@@ -77,6 +77,62 @@ def test_every_instruction_set(isa):
             assert relative_error(compiled(x)[0], scap_linear(x, layer.weight, layer.bias, 0.1, 0.5)) < 1e-3, kind
 
 
+@given(
+    kind=st.sampled_from(("i8", "u8_asym", "i4", "u4_asym")),
+    in_features=st.sampled_from((1, 17, 64, 333, 576)),
+    out_features=st.sampled_from((1, 17, 130, 576)),
+    group_size=st.sampled_from((0, 5, 32, 100, 128)),
+    activation_group_size=st.sampled_from((16, 17, 32, 64, 128, 256, 1000)),
+    rows=st.sampled_from((2, 3, 8, 9, 16, 17, 33, 257)),
+    sparsity=st.sampled_from((0.0, 0.5, 0.9)),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_bytes_that_hold_the_activations_are_exact(
+    kind, in_features, out_features, group_size, activation_group_size, rows, sparsity, seed
+):
+    layer = random_layer(kind, in_features, out_features, group_size, seed)
+    # Of one magnitude per row, which a byte holds exactly whatever is in its group.
+    rng = np.random.default_rng(seed)
+    x = (rng.integers(-1, 2, (rows, in_features)) * 10.0 ** rng.uniform(-3, 3, (rows, 1))).astype(np.float32)
+    threshold = threshold_at(x, 0.0, sparsity)
+    p = parameter(in_features, rank=2)
+    options = {"threshold": threshold, "activation_group_size": activation_group_size}
+    result = compile_node(create_linear(p, [layer.packed], **options), p)(x)[0]
+    assert relative_error(result, scap_linear(x, layer.weight, layer.bias, 0.0, threshold)) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_activations_of_one_byte_on_every_instruction_set(isa):
+    library = library_for(isa)
+    for kind in ("f32", "i8", "u8_asym", "i4", "u4_asym"):
+        layer = random_layer(kind, 333, 130, 0 if "8" in kind else 48, seed=2)
+        errors = {}
+        for size in (0, 32):
+            p = parameter(333, rank=2)
+            settings = {"mode": 0.1, "threshold": 0.5, "activation_group_size": size, "library": library}
+            compiled = compile_node(create_linear(p, [layer.packed], **settings), p)
+            for rows in (1, 2, 8, 40):
+                x = activations((rows, 333), rows, outliers=True)
+                expected = scap_linear(x, layer.weight, layer.bias, 0.1, 0.5)
+                errors[size, rows] = relative_error(compiled(x)[0], expected)
+        assert max(errors[0, rows] for rows in (1, 2, 8, 40)) < 1e-3
+        assert errors[32, 1] == errors[0, 1]  # a generated token keeps its two bytes
+        assert max(errors.values()) < 1e-2, kind
+
+
+def test_smaller_groups_of_activations_are_more_exact():
+    layer = random_layer("i8", 1024, 200, seed=4)
+    x = activations((20, 1024)) * np.exp(np.random.default_rng(0).normal(size=1024)).astype(np.float32)
+    expected = scap_linear(x, layer.weight, layer.bias, 0.0, 0.0)
+    errors = []
+    for size in (0, 16, 64, 256):
+        p = parameter(1024, rank=2)
+        compiled = compile_node(create_linear(p, [layer.packed], activation_group_size=size), p)
+        errors.append(relative_error(compiled(x)[0], expected))
+    assert errors[0] < 1e-3 < errors[1] < errors[-1] < 3e-2
+
+
 @pytest.mark.parametrize("rows", (1, 7))
 @pytest.mark.parametrize("mode", (0.0, 0.3))
 def test_thresholds_decide_exactly_as_the_portable_operations(rows, mode):

@@ -98,6 +98,7 @@ def test_models_that_differ_in_values_only_do_not_share_a_cache_entry(extended_c
 
 
 IN, OUT, THRESHOLD = 'in_features="64"', 'out_features="96, 96, 64"', 'threshold="0.3333333432674408"'
+BYTES = 'activation_group_size="0"'
 WEIGHTS, GROUPS, ZEROS = 'weight_types="u4, u4, u8"', 'group_sizes="32, 32, 0"', 'zero_points="8, -1, 128"'
 
 
@@ -133,6 +134,8 @@ WEIGHTS, GROUPS, ZEROS = 'weight_types="u4, u4, u8"', 'group_sizes="32, 32, 0"',
         ('has_bias="1, 1, 1"', 'has_bias="1, 1, 7"', "has_bias must be 0 or 1"),
         ('activation="gelu_tanh"', 'activation="mish"', "activation must be one of .*; got 'mish'"),
         ('activation="gelu_tanh"', "", "attribute activation is missing"),
+        (BYTES, 'activation_group_size="8"', "activation_group_size must be 0 or at least 16, got 8"),
+        (BYTES, 'activation_group_size="x"', "activation_group_size must be an integer, got 'x'"),
         ('precision="split" />', 'precision="int3" />', "precision must be one of bf16, f32, split; got 'int3'"),
         ('precision="split" />', "/>", "attribute precision is missing"),
         ('decode_only="false"', 'decode_only="maybe"', "decode_only must be one of false, true; got 'maybe'"),

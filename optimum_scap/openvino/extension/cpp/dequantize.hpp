@@ -79,7 +79,7 @@ struct IntegerFold {
     }
 };
 
-/// The same from the sums of high and of low bytes, products = 256 * high + low.
+/// The same from sums that are floats already, of whole numbers.
 ///
 /// In floats: the kernel of many rows folds every few hundred products, and there two fused multiply-adds are faster
 /// than shift, addition and the multiplication of 32-bit integers, which takes twice as long as one of floats.
@@ -91,8 +91,7 @@ struct FloatFold {
     SCAP_INLINE FloatFold(const Weights& weights, int64_t group, int64_t column)
         : scale(load_group_scale(weights, group, column)), zero_point(load_zero_point(weights, group, column)) {}
 
-    SCAP_INLINE void add_to(float* accumulators, Int high, Int low, float x_scale, int32_t sum) const {
-        const simd::Float products = simd::fma(to_float(high), simd::set1(256.0f), to_float(low));
+    SCAP_INLINE void add_to(float* accumulators, simd::Float products, float x_scale, int32_t sum) const {
         const simd::Float value = centered_sum(products, static_cast<float>(sum), zero_point);
         simd::store(accumulators, add_scaled(simd::load(accumulators), value, scaled(scale, simd::set1(x_scale))));
     }

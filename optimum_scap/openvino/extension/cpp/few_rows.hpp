@@ -90,7 +90,7 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
     for (int64_t i = 0; i < job.count; ++i) {
         const Weights& weights = job.layers[i];
         Input& input = inputs[i];
-        input.kernel = decode_kernel(weights, job.precision);
+        input.kernel = decode_kernel(weights, job.arithmetic.precision);
         if (i > 0 && weights.group_size == job.layers[i - 1].group_size && input.kernel == inputs[i - 1].kernel) {
             input = inputs[i - 1];
         } else {
@@ -100,7 +100,7 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
                 const bool is_short = rows == 1 && !weights.grouped();  // groups are short already
                 height = ceil_div(share, ceil_div(share, is_short ? kTokenPanelRows : kMaxQuantizedRows));
             }
-            input.panels = make_panels(kept.channels, kept.largest, kept.kept, weights, height, arena);
+            input.panels = make_panels(kept.channels, kept.largest, kept.kept, weights, height, kOutlierExponents, arena);
         }
         input.offset = pitch;
         pitch += weights.padded_out() + kColumnUnit;
@@ -141,11 +141,12 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
     }
 }
 
-/// Whether few_rows is the fastest for this many rows: float kernels read the weights once for every row.
+/// Whether few_rows is the fastest for this many rows: float kernels read the weights once for every row, and with one
+/// byte per activation the kernel for many rows is as fast as the memory from two rows on.
 inline bool are_few(const Job& job, int64_t rows) {
-    bool few = rows <= kFewRows;
+    bool few = job.arithmetic.activation_group_size == 0 && rows <= kFewRows;
     for (int64_t i = 0; i < job.count; ++i) {
-        few = few && decode_kernel(job.layers[i], job.precision) == Kernel::int8;
+        few = few && decode_kernel(job.layers[i], job.arithmetic.precision) == Kernel::int8;
     }
     return few || rows == 1;
 }

@@ -6,7 +6,7 @@
 
 #if defined(SCAP_VNNI)
 
-/// Many rows of activations, split into bytes, times quantized weights: what the AMX and the VNNI kernels share.
+/// Many rows of activations, one or two bytes each, times quantized weights: what the AMX and the VNNI kernels share.
 namespace scap::vnni {
 
 // A tile of activations: rows of x, and input channels (bytes) of each.
@@ -14,9 +14,10 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kDepth = 64;
 
-/// Activations of many rows as tiles: for each panel, block of 16 rows and 64 input channels, the high bytes' tile
-/// and then the low bytes' tile, [16][64]. Rows and channels that do not exist are 0.
+/// Activations of many rows as tiles: for each panel, block of 16 rows and 64 input channels, the tile of their bytes,
+/// [16][64], or (two parts) the high bytes' tile and then the low bytes' tile. Rows and channels that do not exist are 0.
 struct Int8Activations {
+    int64_t parts = 2;
     int8_t* tiles = nullptr;
     int64_t* panel_tiles = nullptr;  // offset of each panel in `tiles`
     float* scales = nullptr;         // [panel][padded rows]
@@ -31,21 +32,22 @@ struct Int8Activations {
         return result;
     }
     const int8_t* tiles_at(const Panels& panels, int64_t p, int64_t row) const {
-        return tiles + panel_tiles[p] + (first_row + row) * round_up(panels.items[p].used, kDepth) * 2;
+        return tiles + panel_tiles[p] + (first_row + row) * round_up(panels.items[p].used, kDepth) * parts;
     }
     int64_t row_at(int64_t p, int64_t row) const {  // in `scales` and `sums`
         return p * padded_rows + first_row + row;
     }
 };
 
-inline Int8Activations allocate_int8(const Panels& panels, int64_t rows, Arena& arena) {
+inline Int8Activations allocate_int8(const Panels& panels, int64_t rows, int64_t parts, Arena& arena) {
     Int8Activations result;
+    result.parts = parts;
     result.padded_rows = round_up(rows, kTileRows);
     result.panel_tiles = arena.take<int64_t>(panels.count);
     int64_t bytes = 0;
     for (int64_t p = 0; p < panels.count; ++p) {
         result.panel_tiles[p] = bytes;
-        bytes += result.padded_rows * round_up(panels.items[p].used, kDepth) * 2;
+        bytes += result.padded_rows * round_up(panels.items[p].used, kDepth) * parts;
     }
     result.tiles = arena.take<int8_t>(bytes);
     result.scales = arena.take<float>(panels.count * result.padded_rows);
@@ -63,7 +65,7 @@ inline bool fill_int8(const Panels& panels, const float* x, int64_t in_features,
         const Panel& panel = panels.items[p];
         const uint32_t* channels = panels.rows + panel.first;
         const int64_t depth = round_up(panel.used, kDepth);
-        int8_t* tiles = out.tiles + out.panel_tiles[p] + first_row * depth * 2;
+        int8_t* tiles = out.tiles + out.panel_tiles[p] + first_row * depth * out.parts;
         std::fill(values + panel.used, values + depth, 0.0f);
         for (int64_t m = 0; m < kTileRows; ++m) {
             const int64_t row = first_row + m;
@@ -79,16 +81,27 @@ inline bool fill_int8(const Panels& panels, const float* x, int64_t in_features,
                 if (!quantizable(largest)) {
                     return false;
                 }
-                *sum = split_bytes(values, depth, largest, bytes[0], bytes[1], scale);
+                *sum = out.parts == 1 ? to_bytes(values, depth, largest, bytes[0], scale)
+                                      : split_bytes(values, depth, largest, bytes[0], bytes[1], scale);
             }
             for (int64_t k = 0; k < depth; k += kDepth) {
-                int8_t* tile = tiles + k / kDepth * 2 * kTileBytes + m * kDepth;
-                std::memcpy(tile, bytes[0] + k, kDepth);
-                std::memcpy(tile + kTileBytes, bytes[1] + k, kDepth);
+                int8_t* tile = tiles + k / kDepth * out.parts * kTileBytes + m * kDepth;
+                for (int64_t part = 0; part < out.parts; ++part) {
+                    std::memcpy(tile + part * kTileBytes, bytes[part] + k, kDepth);
+                }
             }
         }
     }
     return true;
+}
+
+/// body(integral_constant<int, parts>{}), see Int8Activations.
+template <class Body>
+void with_parts(int64_t parts, const Body& body) {
+    if (parts == 1) {
+        return body(std::integral_constant<int, 1>{});
+    }
+    body(std::integral_constant<int, 2>{});
 }
 
 /// Prefetches a block of rows x kBlockBytes, row after row: memory is read in long runs, whatever the order in which

@@ -5,27 +5,28 @@
 
 #if defined(SCAP_VNNI)
 
-/// The kernel without tiles for many rows of activations, split into bytes, and quantized weights.
+/// The kernel without tiles for many rows of activations, one or two bytes each, and quantized weights.
 namespace scap::vnni {
 
-// The accumulators of one step, high and low, with two vectors of weights fill the registers.
-constexpr int kStepRows = kBytes == 64 ? 6 : 3;
+// The accumulators of one step, of every part, with two vectors of weights fill the registers.
 constexpr int kStepVectors = 2;
+template <int Parts>
+constexpr int kStepRows = kBytes == 64 ? (Parts == 1 ? 8 : 6) : (Parts == 1 ? 6 : 3);
 
 /// c[m][...] += scaled sums of `Rows` rows of x (tiles, from row 0 on) times kStepVectors vectors of packed columns,
 /// whose columns are `c_distance` apart.
-template <int Rows>
+template <int Parts, int Rows>
 __attribute__((noinline)) void multiply_step(const int8_t* x, const uint8_t* w, int64_t pitch, int64_t quads,
                                              BlockPrefetch* ahead, int64_t lines, const FloatFold* fold,
                                              const float* scales, const int32_t* sums, float* c, int64_t c_pitch,
                                              int64_t c_distance) {
-    Int high[Rows][kStepVectors], low[Rows][kStepVectors];
-    unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
+    Int sum[Parts][Rows][kStepVectors];
+    unroll<Parts * Rows>([&](auto m) SCAP_INLINE_LAMBDA {
         unroll<kStepVectors>([&](auto i) SCAP_INLINE_LAMBDA {
-            high[m][i] = low[m][i] = zero();
+            sum[m / Rows][m % Rows][i] = zero();
         });
     });
-    for (int64_t first = 0; first < quads; first += kDepth / 4, x += 2 * kTileBytes) {
+    for (int64_t first = 0; first < quads; first += kDepth / 4, x += Parts * kTileBytes) {
         const int64_t count = std::min(quads - first, kDepth / 4);
         const int8_t* at = x;
         ahead->advance(lines);
@@ -35,45 +36,37 @@ __attribute__((noinline)) void multiply_step(const int8_t* x, const uint8_t* w, 
                 weights[i] = load(w + i * pitch);
             });
             unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
-                const Int x_high = broadcast(at + m * kDepth);
-                const Int x_low = broadcast(at + kTileBytes + m * kDepth);
+                Int bytes[Parts];
+                unroll<Parts>([&](auto part) SCAP_INLINE_LAMBDA {
+                    bytes[part] = broadcast(at + part * kTileBytes + m * kDepth);
+                });
                 unroll<kStepVectors>([&](auto i) SCAP_INLINE_LAMBDA {
-                    high[m][i] = dot(high[m][i], weights[i], x_high);
-                    low[m][i] = dot(low[m][i], weights[i], x_low);
+                    unroll<Parts>([&](auto part) SCAP_INLINE_LAMBDA {
+                        sum[part][m][i] = dot(sum[part][m][i], weights[i], bytes[part]);
+                    });
                 });
             });
         }
     }
     unroll<Rows>([&](auto m) SCAP_INLINE_LAMBDA {
         unroll<kStepVectors>([&](auto i) SCAP_INLINE_LAMBDA {
-            fold[i].add_to(c + m * c_pitch + i * c_distance, high[m][i], low[m][i], scales[m], sums[m]);
+            const simd::Float high = to_float(sum[0][m][i]);
+            const simd::Float products =
+                Parts == 1 ? high : simd::fma(high, simd::set1(256.0f), to_float(sum[Parts - 1][m][i]));
+            fold[i].add_to(c + m * c_pitch + i * c_distance, products, scales[m], sums[m]);
         });
     });
 }
 
 /// multiply_step for `rows` <= kStepRows rows.
-template <class... Arguments>
+template <int Parts, int Rows = kStepRows<Parts>, class... Arguments>
 SCAP_INLINE void multiply_up_to(int64_t rows, Arguments... arguments) {
-    switch (rows) {
-        case 1:
-            return multiply_step<1>(arguments...);
-        case 2:
-            return multiply_step<2>(arguments...);
-        case 3:
-            return multiply_step<3>(arguments...);
-        default:
-            break;
-    }
-    if constexpr (kStepRows == 6) {
-        switch (rows) {
-            case 4:
-                return multiply_step<4>(arguments...);
-            case 5:
-                return multiply_step<5>(arguments...);
-            default:
-                return multiply_step<6>(arguments...);
+    if constexpr (Rows > 1) {
+        if (rows < Rows) {
+            return multiply_up_to<Parts, Rows - 1>(rows, arguments...);
         }
     }
+    multiply_step<Parts, Rows>(arguments...);
 }
 
 template <WeightType Type>
@@ -90,7 +83,7 @@ struct StepFold {
     }
 };
 
-template <WeightType Type>
+template <WeightType Type, int Parts>
 class StepKernel {
 public:
     using Fold = StepFold<Type>;
@@ -100,8 +93,8 @@ public:
     explicit StepKernel(int64_t rows) {
         // Where the multiplications take longer than reading the weights, they issue the prefetches: packing would have
         // to wait for memory while nothing is computed.
-        const int64_t passes = ceil_div(rows, kStepRows) * Fold::kHalves * 4 / kStepVectors;
-        const bool few_rows = rows < kStepRows;
+        const int64_t passes = ceil_div(rows, kStepRows<Parts>) * Fold::kHalves * 4 / kStepVectors;
+        const bool few_rows = rows < kStepRows<Parts>;
         packing_lines_ = few_rows ? kLinesPerQuad : 0;
         step_lines_ = few_rows ? 0 : ceil_div(kLinesPerQuad * kDepth / 4, passes);
     }
@@ -112,14 +105,14 @@ public:
 
     SCAP_INLINE void multiply(const TileBlock& block, const Fold& fold) const {
         const int64_t pitch = block.depth / 4 * kBytes;
-        const int64_t steps = ceil_div(block.rows, kStepRows);
+        const int64_t steps = ceil_div(block.rows, kStepRows<Parts>);
         for (int64_t step = 0; step < steps; ++step) {
             const int64_t m = block.rows * step / steps;
             const int64_t count = block.rows * (step + 1) / steps - m;
             for (int half = 0; half < Fold::kHalves; ++half) {
                 for (int i = 0; i < 4; i += kStepVectors) {
                     const int64_t first = column_of<Type>(half, i);
-                    multiply_up_to(count, block.x + m * kDepth, block.weights + (half * 4 + i) * pitch, pitch,
+                    multiply_up_to<Parts>(count, block.x + m * kDepth, block.weights + (half * 4 + i) * pitch, pitch,
                                    block.quads, block.ahead, step_lines_, fold.vectors[half] + i, block.scales + m,
                                    block.sums + m, block.c + m * block.c_pitch + first, block.c_pitch,
                                    column_of<Type>(half, i + 1) - first);
@@ -137,8 +130,10 @@ private:
 template <WeightType Type>
 void gemm(const Weights& weights, const Panels& panels, const Int8Activations& x, int64_t rows, int64_t first_column,
           int64_t last_column, uint8_t* packed, float* c, int64_t c_pitch) {
-    for_each_block<Type>(weights, panels, x, rows, first_column, last_column, packed, c, c_pitch,
-                         StepKernel<Type>(rows));
+    with_parts(x.parts, [&](auto parts) {
+        for_each_block<Type>(weights, panels, x, rows, first_column, last_column, packed, c, c_pitch,
+                             StepKernel<Type, decltype(parts)::value>(rows));
+    });
 }
 
 }  // namespace scap::vnni

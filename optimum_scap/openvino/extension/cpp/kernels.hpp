@@ -17,6 +17,14 @@ namespace scap {
 ///   bf16: like split, but float weights and many rows use plain bf16, as OpenVINO does under a bf16 hint.
 enum class Precision { f32, split, bf16 };
 
+/// activation_group_size: with quantized weights and many rows, at most so many channels of a row share one scale, and
+/// each has one byte; 0 is two bytes. OpenVINO's DYNAMIC_QUANTIZATION_GROUP_SIZE means the same.
+constexpr int64_t kSmallestActivationGroup = 16;
+struct Arithmetic {
+    Precision precision = Precision::split;
+    int64_t activation_group_size = 0;
+};
+
 enum class Kernel { floats, int8, bf16 };
 
 // Panel heights of the float kernels: one row per stream that the prefetchers follow (one row), or as many as make
@@ -53,8 +61,12 @@ inline int64_t column_unit(const Weights& weights, Kernel kernel) {
 }
 
 /// How many channels of many rows share one scale per row: the more, the less often sums are folded.
-inline int64_t rows_panel_height(Kernel kernel) {
-    return kernel == Kernel::int8 ? kMaxQuantizedRows : kFloatPanelRows;
+inline int64_t rows_panel_height(Kernel kernel, Arithmetic arithmetic) {
+    if (kernel != Kernel::int8) {
+        return kFloatPanelRows;
+    }
+    const int64_t group_size = arithmetic.activation_group_size;
+    return group_size == 0 ? kMaxQuantizedRows : std::min(group_size, kMaxQuantizedRows);
 }
 
 /// body(integral_constant<int, rows>{}) for 1 <= rows <= Largest.

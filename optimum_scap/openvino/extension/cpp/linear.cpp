@@ -10,7 +10,7 @@ namespace {
 
 /// `is_token`: the rows are one, and all that the call was given.
 void run(const float* x, int64_t rows, bool is_token, Threshold threshold, const Job& job, Arena& arena) {
-    const bool is_exact = job.precision == Precision::f32;
+    const bool is_exact = job.arithmetic.precision == Precision::f32;
     if (!is_exact && are_few(job, rows)) {
         few_rows(x, rows, threshold, job, arena);
         return;
@@ -31,13 +31,13 @@ void run(const float* x, int64_t rows, bool is_token, Threshold threshold, const
 }  // namespace
 
 void sparse_linear(const float* x, int64_t rows, Threshold threshold, const std::vector<Weights>& layers,
-                   Precision precision, float* const* y) {
+                   Arithmetic arithmetic, float* const* y) {
     ArenaLease arena;
-    run(x, rows, rows == 1, threshold, Job{layers.data(), static_cast<int64_t>(layers.size()), precision, y}, *arena);
+    run(x, rows, rows == 1, threshold, Job{layers.data(), static_cast<int64_t>(layers.size()), arithmetic, y}, *arena);
 }
 
 void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hidden_threshold, Activation activation,
-                const std::vector<Weights>& layers, Precision precision, float* y) {
+                const std::vector<Weights>& layers, Arithmetic arithmetic, float* y) {
     ArenaLease lease;
     Arena& arena = *lease;
     const Arena::Mark mark = arena.mark();
@@ -48,11 +48,11 @@ void sparse_ffn(const float* x, int64_t rows, Threshold threshold, Threshold hid
         const int64_t n = std::min(rows - first, kRowBlock);
         arena.rewind(mark);
         float* hidden[2] = {nullptr, nullptr};
-        const Job first_job{layers.data(), count, precision, hidden};
+        const Job first_job{layers.data(), count, arithmetic, hidden};
         float* out = y + first * down.out_features;
-        const Job down_job{&down, 1, precision, &out};
+        const Job down_job{&down, 1, arithmetic, &out};
         const float* at = x + first * layers[0].in_features;
-        if (precision != Precision::f32 && !are_few(first_job, n) && !are_few(down_job, n)) {
+        if (arithmetic.precision != Precision::f32 && !are_few(first_job, n) && !are_few(down_job, n)) {
             const MaskedRows kept =
                 hidden_rows(at, n, threshold, hidden_threshold, activation, first_job, arena);
             many_rows(kept, n, down_job, 0, arena);

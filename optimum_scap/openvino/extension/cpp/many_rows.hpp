@@ -18,13 +18,15 @@ struct RowsInput {
 #endif
 };
 
-inline RowsInput prepare_rows(const MaskedRows& masked, int64_t rows, const Weights& weights, Precision precision,
-                       Arena& arena) {
+inline RowsInput prepare_rows(const MaskedRows& masked, int64_t rows, const Weights& weights, Arithmetic arithmetic,
+                              Arena& arena) {
     RowsInput input{};
-    input.kernel = rows_kernel(weights, precision);
+    input.kernel = rows_kernel(weights, arithmetic.precision);
+    const bool has_bytes = arithmetic.activation_group_size > 0;
     const auto cut = [&] {
         input.panels = make_panels(masked.channels, masked.largest, masked.kept, weights,
-                                   rows_panel_height(input.kernel), arena);
+                                   rows_panel_height(input.kernel, arithmetic),
+                                   has_bytes ? kByteOutlierExponents : kOutlierExponents, arena);
     };
     cut();
     // Every task fills a block of rows, and says whether the kernel can represent them.
@@ -43,7 +45,7 @@ inline RowsInput prepare_rows(const MaskedRows& masked, int64_t rows, const Weig
     (void)fill;
 #if defined(SCAP_VNNI)
     if (input.kernel == Kernel::int8) {
-        input.int8 = vnni::allocate_int8(input.panels, rows, arena);
+        input.int8 = vnni::allocate_int8(input.panels, rows, has_bytes ? 1 : 2, arena);
         fill(vnni::kTileRows, [&](int64_t row) {
             return vnni::fill_int8(input.panels, masked.x, weights.in_features, rows, row, input.int8);
         });
@@ -183,9 +185,10 @@ void multiply_block(const MaskedRows& masked, int64_t rows, const Job& job, bool
     auto* units = arena.take<int64_t>(job.count);
     for (int64_t i = 0; i < job.count; ++i) {
         const Weights& weights = job.layers[i];
+        const Precision precision = job.arithmetic.precision;
         const bool same = i > 0 && weights.group_size == job.layers[i - 1].group_size &&
-                          rows_kernel(weights, job.precision) == rows_kernel(job.layers[i - 1], job.precision);
-        inputs[i] = same ? inputs[i - 1] : prepare_rows(masked, rows, weights, job.precision, arena);
+                          rows_kernel(weights, precision) == rows_kernel(job.layers[i - 1], precision);
+        inputs[i] = same ? inputs[i - 1] : prepare_rows(masked, rows, weights, job.arithmetic, arena);
         columns[i] = weights.padded_out();
         units[i] = column_unit(weights, inputs[i].kernel);
         units[0] = together ? std::max(units[0], units[i]) : units[0];
@@ -200,7 +203,7 @@ void multiply_block(const MaskedRows& masked, int64_t rows, const Job& job, bool
         const int64_t floats = round_up(tile.rows, kRowUnit) * tile.pitch();
         std::fill(c, c + depth * floats, 0.0f);
         for (int64_t i = 0; i < depth; ++i) {
-            multiply_tile(job.layers[tile.layer + i], inputs[tile.layer + i], masked.x, tile, job.precision,
+            multiply_tile(job.layers[tile.layer + i], inputs[tile.layer + i], masked.x, tile, job.arithmetic.precision,
                           scratch + worker * scratch_bytes(), c + i * floats);
         }
         finish(tile, c);

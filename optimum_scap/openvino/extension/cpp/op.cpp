@@ -188,7 +188,7 @@ bool SCAPLinear::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inp
     if (rows > 0) {
         const Threshold threshold =
             threshold_for(inputs[0].get_shape(), attributes().mode, attributes().threshold, bound.scale);
-        sparse_linear(inputs[0].data<const float>(), rows, threshold, layers, attributes().precision, y.data());
+        sparse_linear(inputs[0].data<const float>(), rows, threshold, layers, attributes().arithmetic, y.data());
     }
     return true;
 }
@@ -223,7 +223,7 @@ bool SCAPFeedForward::evaluate(ov::TensorVector& outputs, const ov::TensorVector
         sparse_ffn(inputs[0].data<const float>(), rows,
                    threshold_for(x_shape, attributes().mode, attributes().threshold, bound.scale),
                    threshold_for(x_shape, attributes().hidden_mode, attributes().hidden_threshold, bound.hidden_scale),
-                   attributes().activation, bound.layers, attributes().precision, y);
+                   attributes().activation, bound.layers, attributes().arithmetic, y);
     }
     return true;
 }

@@ -44,7 +44,7 @@ protected:
         bool decode_only = false;
         bool scales_input = false;
         bool scales_hidden = false;
-        Precision precision = Precision::split;
+        Arithmetic arithmetic;
         // SCAPFeedForward only
         Activation activation = Activation::silu;
         float hidden_mode = 0.0f;
@@ -104,6 +104,7 @@ protected:
     Value named(const std::map<std::string, Value>& values, const char* name, const std::string& found) const;
     int64_t parse_integer(const char* name, const std::string& found) const;
     void parse_scaled(Attributes& parsed) const;
+    int64_t parse_activation_group_size() const;
 
     /// Input features of layer i.
     virtual int64_t layer_in_features(const Attributes& attributes, size_t i) const = 0;

@@ -48,7 +48,8 @@ void SparseOp::visit_texts(ov::AttributeVisitor& visitor, std::initializer_list<
 
 bool SparseOp::visit_attributes(ov::AttributeVisitor& visitor) {
     visit_texts(visitor, {"in_features", "out_features", "weight_types", "scale_types", "group_sizes", "zero_points",
-                          "has_bias", "mode", "threshold", "decode_only", "scaled", "precision"});
+                          "has_bias", "mode", "threshold", "decode_only", "scaled", "activation_group_size",
+                          "precision"});
     return true;
 }
 
@@ -128,6 +129,18 @@ void SparseOp::parse_scaled(Attributes& parsed) const {
                           "'");
 }
 
+int64_t SparseOp::parse_activation_group_size() const {
+    // IRs written before activations could be single bytes have no such attribute.
+    const auto found = texts_->find("activation_group_size");
+    if (found == texts_->end() || found->second.empty()) {
+        return 0;
+    }
+    const int64_t size = parse_integer("activation_group_size", found->second);
+    NODE_VALIDATION_CHECK(this, size == 0 || size >= kSmallestActivationGroup,
+                          "activation_group_size must be 0 or at least ", kSmallestActivationGroup, ", got ", size);
+    return size;
+}
+
 SparseOp::Attributes SparseOp::parse_attributes() const {
     Attributes parsed;
     parsed.in_features = integer("in_features");
@@ -144,7 +157,8 @@ SparseOp::Attributes SparseOp::parse_attributes() const {
     parsed.mode = number("mode");
     parsed.threshold = number("threshold");
     parsed.decode_only = flag("decode_only");
-    parsed.precision = named(kPrecisions, "precision", text("precision"));
+    parsed.arithmetic.precision = named(kPrecisions, "precision", text("precision"));
+    parsed.arithmetic.activation_group_size = parse_activation_group_size();
     parse_scaled(parsed);
     return parsed;
 }

@@ -70,8 +70,10 @@ inline uint32_t magnitude(float value) {
     return float_bits(value) & 0x7fffffffu;
 }
 
-/// Channels more than 2^kOutlierExponents smaller than the largest of their panel lose too many bits to it.
+/// Channels more than 2^kOutlierExponents smaller than the largest of their panel lose too many bits to it; of one byte
+/// they have few to lose.
 constexpr uint32_t kOutlierExponents = 6;
+constexpr uint32_t kByteOutlierExponents = 2;
 constexpr int64_t kFewOutliers = 4;
 
 /// Cuts `kept` channels (ascending) into panels of at most `max_rows`, none crossing a group.
@@ -79,7 +81,7 @@ constexpr int64_t kFewOutliers = 4;
 /// `values` holds x - mode of each channel, or for many rows its largest magnitude. A few outliers among many small
 /// channels get a panel of their own, because the rows of a panel share one scale when x is quantized.
 inline Panels make_panels(const uint32_t* channels, const float* values, int64_t kept, const Weights& weights,
-                          int64_t max_rows, Arena& arena) {
+                          int64_t max_rows, uint32_t outlier_exponents, Arena& arena) {
     const int64_t capacity = 2 * (std::min(weights.groups(), kept) + kept / max_rows + 1);
     Panels panels;
     panels.items = arena.take<Panel>(capacity);
@@ -91,7 +93,7 @@ inline Panels make_panels(const uint32_t* channels, const float* values, int64_t
         for (int64_t i = from; i < to; ++i) {
             largest = std::max(largest, magnitude(values[i]));
         }
-        const uint32_t limit = largest - std::min(largest, kOutlierExponents << 23);
+        const uint32_t limit = largest - std::min(largest, outlier_exponents << 23);
         int64_t outliers = 0;
         for (int64_t i = from; i < to; ++i) {
             outliers += magnitude(values[i]) > limit;

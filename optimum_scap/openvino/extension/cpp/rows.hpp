@@ -11,7 +11,7 @@ namespace scap {
 struct Job {
     const Weights* layers;
     int64_t count;
-    Precision precision;
+    Arithmetic arithmetic;
     float* const* y;
 
     int64_t in_features() const {
