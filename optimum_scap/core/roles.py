@@ -40,6 +40,7 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "SelfAttention.o",  # T5
         "EncDecAttention.o",
         "attention.wo",  # InternLM2
+        "attn.Wo",  # ModernBERT
     ),
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv"),
     "up": (
@@ -57,6 +58,8 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "DenseReluDense.wi_1",
         "feed_forward.w3",  # InternLM2
         "w3",  # Mixtral
+        "mlp.Wi",  # ModernBERT
+        "mlp.weights_in",  # DINOv2 with SwiGLU
     ),
     "gate": ("gate_proj", "DenseReluDense.wi_0", "feed_forward.w1", "w1"),
     "down": (
@@ -72,11 +75,13 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "DenseReluDense.wo",
         "feed_forward.w2",
         "w2",
+        "mlp.Wo",
+        "mlp.weights_out",
     ),
     "in": ("mixer.in_proj", "mamba.in_proj"),
     "out": ("mixer.out_proj", "mamba.out_proj"),
     # What computes the logits: in small models a quarter of all that a token reads, and the most sensitive layer.
-    "head": ("lm_head", "embed_out", "output_layer"),  # embed_out: GPT-NeoX, output_layer: ChatGLM
+    "head": ("lm_head", "embed_out", "output_layer", "proj_out"),  # GPT-NeoX, ChatGLM, Whisper
 }
 
 _TAIL_TO_ROLE: dict[tuple[str, ...], Role] = {
