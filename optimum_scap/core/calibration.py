@@ -21,7 +21,7 @@ from .parameters import LayerParameters, SCAPParameters
 from .sites import Layers, Site
 from .statistics import ActivationStatistics
 from .stream import MODE_PASSES, SETTLED, Stream
-from .targets import Group, choose_targets, is_excluded, make_groups
+from .targets import Group, choose_targets, is_excluded, make_groups, name_roles
 from .unreached import names_of
 
 
@@ -52,7 +52,7 @@ class Calibration:
     def __init__(self, backends: Mapping[str, Backend], config: SCAPConfig) -> None:
         self._backends = backends
         self._config = config
-        self._layers = {name: backend.layers() for name, backend in backends.items()}
+        self._layers = {name: name_roles(backend.layers(), config) for name, backend in backends.items()}
         self._targets = choose_targets(_all_layers(self._layers.values()), config)
         for backend in backends.values():
             backend.check_can_be_saved()

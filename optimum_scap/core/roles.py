@@ -35,14 +35,13 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "attention.dense",  # GPT-NeoX
         "attn.c_proj",  # GPT-2
         "attention.output.dense",  # BERT, ViT
-        "attention.o_proj",
         "attention.out_lin",  # DistilBERT
         "SelfAttention.o",  # T5
         "EncDecAttention.o",
         "attention.wo",  # InternLM2
         "attn.Wo",  # ModernBERT
     ),
-    "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv"),
+    "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv", "self_attn.qkv"),
     "up": (
         "up_proj",  # Llama, Mistral, Qwen, Gemma, MPT
         "gate_up_proj",  # Phi-3
@@ -56,12 +55,11 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "feed_forward.intermediate_dense",  # Wav2Vec2
         "DenseReluDense.wi",  # T5
         "DenseReluDense.wi_1",
-        "feed_forward.w3",  # InternLM2
-        "w3",  # Mixtral
+        "w3",  # LFM2, InternLM2
         "mlp.Wi",  # ModernBERT
         "mlp.weights_in",  # DINOv2 with SwiGLU
     ),
-    "gate": ("gate_proj", "DenseReluDense.wi_0", "feed_forward.w1", "w1"),
+    "gate": ("gate_proj", "DenseReluDense.wi_0", "w1"),
     "down": (
         "down_proj",
         "fc2",
@@ -73,7 +71,6 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "ffn_output",
         "feed_forward.output_dense",
         "DenseReluDense.wo",
-        "feed_forward.w2",
         "w2",
         "mlp.Wo",
         "mlp.weights_out",

@@ -2,8 +2,9 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import SCAPError, printable
 from .config import PATTERN, SCAPConfig, Target
@@ -12,6 +13,9 @@ from .sites import Layers, Site
 
 
 logger = logging.getLogger(__name__)
+
+# Layers without a role that a message lists.
+_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,14 @@ class Group:
         return self.layers[0]
 
 
+def name_roles(layers: Layers, config: SCAPConfig) -> Layers:
+    """`layers` with the roles that the config names."""
+    if not config.roles:
+        return layers
+    prunable = {path: replace(layer, role=config.role(path, layer.role)) for path, layer in layers.prunable.items()}
+    return replace(layers, prunable=prunable)
+
+
 def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
     """The target of every layer that is to be pruned, by module path.
 
@@ -38,7 +50,9 @@ def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
     targets = select_targets({path: layer.role for path, layer in layers.prunable.items()}, config)
     roles = {layer.role for layer in layers.prunable.values()}
     # The experts of a model are what most of its FFN weights are.
-    dense_roles = {path: "up" if path in layers.experts else find_role(path) for path in layers.dense}
+    dense_roles = {
+        path: config.role(path, "up" if path in layers.experts else find_role(path)) for path in layers.dense
+    }
     skipped = select_targets(dense_roles, config)
     dense = {path: layers.dense[path] for path in skipped}
     if not layers.prunable:
@@ -49,7 +63,7 @@ def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
             "no fully connected layer is left to prune: the targets name "
             f"{', '.join(map(printable, config.targets))}, the model has "
             f"{', '.join(role for role in ROLES if role in roles) or 'no layer of a known role'}{patterns}"
-            f"{first_of(dense)}"
+            f"{first_of(dense)}{_without_role(layers)}"
         )
     if dense:
         logger.warning("%d layers are left dense%s", len(dense), first_of(dense))
@@ -89,6 +103,23 @@ def make_groups(sites: Iterable[Site], targets: Mapping[str, Target]) -> list[Gr
     return found
 
 
+def _without_role(layers: Layers) -> str:
+    """Lists the layers without a role, numbers of blocks being `*`, and says how to name one; for a message."""
+    counts = Counter(re.sub(r"\b\d+\b", "*", path) for path, layer in layers.prunable.items() if layer.role is None)
+    if not counts:
+        return ""
+    listed = ", ".join(
+        f"{printable(path)} ({number})" if number > 1 else printable(path)
+        for path, number in list(counts.items())[:_LISTED]
+    )
+    more = f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""
+    example = re.escape(next(iter(counts))).replace(r"\*", r"\d+")
+    return (
+        f"; no role is known for {listed}{more}: name them by patterns, --scap-role 'up={printable(example)}$' "
+        f"(roles={{pattern: role}} in SCAPConfig), or give {PATTERN}PATTERN as a target"
+    )
+
+
 def first_of(reasons: Mapping[str, str]) -> str:
     """The first of the layers that stay dense, for the end of a message."""
     return "".join(f"; {printable(path)}: {reason}" for path, reason in list(reasons.items())[:1])
@@ -99,6 +130,7 @@ def _check_patterns(paths: Iterable[str], config: SCAPConfig) -> None:
     named = (
         ("include", config.include),
         ("exclude", config.exclude),
+        ("roles", config.roles),
         ("targets", [name.removeprefix(PATTERN) for name in config.targets if name.startswith(PATTERN)]),
     )
     for field, patterns in named:
