@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..core.config import ESTIMATORS, ApplyTo, DenseLayers, SCAPConfig, shortened
+from ..core.config import ESTIMATORS, EXPERTS, ApplyTo, DenseLayers, SCAPConfig, shortened
 from ..core.parameter_files import load_parameters
 from ..core.parameters import SCAPParameters
 from ..core.roles import ROLES
@@ -79,6 +79,14 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
         ),
     )
     group.add_argument(
+        "--scap-experts",
+        choices=EXPERTS,
+        help=(
+            "Mixtures of experts: thresholds that the experts of a layer share, or of each expert; one that sees few "
+            f"calibration tokens has those of all. Default: {fields['experts'].default}."
+        ),
+    )
+    group.add_argument(
         "--scap-apply-to",
         choices=get_args(ApplyTo),
         help=(
@@ -127,6 +135,7 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         "num_samples": args.scap_num_samples,
         "seq_len": args.scap_seq_len,
         "exclude": tuple(args.scap_exclude) if args.scap_exclude else None,
+        "experts": args.scap_experts,
         "roles": _roles_by_pattern(args.scap_role),
         "apply_to": args.scap_apply_to,
         "dense_layers": args.scap_dense_layers,

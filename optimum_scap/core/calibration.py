@@ -7,6 +7,7 @@ How the statistics are read is `stream`'s business.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class Calibration:
             targets = {path: target for path, target in self._targets.items() if path in layers.prunable}
             if targets and name in samples:
                 sites = backend.find_sites(layers, samples[name])
-                groups = make_groups(sites, targets)
+                groups = make_groups(sites, targets, layers.prunable)
                 groups, criteria = calibrate(backend, groups, samples[name], self._config.seed, layers, allocation)
                 found[name] = self._parameters(layers, sites, groups, criteria, dataset)
         if not found:
@@ -195,10 +196,9 @@ def _allocated(
     }
     sparsities = allocation(groups, statistics, weights)
     return [
-        Group(
-            group.site,
-            group.layers,
-            Target.model_validate({**group.target.model_dump(), "sparsity": float(sparsities[group.key])}),
+        replace(
+            group,
+            target=Target.model_validate({**group.target.model_dump(), "sparsity": float(sparsities[group.key])}),
         )
         for group in groups
     ]

@@ -28,6 +28,8 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 ChannelScale = Literal["none", "weight_norm", "sqrt_weight_norm"]
 ApplyTo = Literal["all", "decode"]
 DenseLayers = Literal["fast", "stock", "all"]
+Experts = Literal["shared", "each"]
+EXPERTS: tuple[Experts, ...] = get_args(Experts)
 
 # What marks a key of `targets` as a pattern on module paths, as in compressed-tensors.
 PATTERN = "re:"
@@ -88,6 +90,8 @@ class SCAPConfig(BaseModel):
         exclude: regular expressions searched in module paths; layers that one of them matches stay dense.
         roles: what layers do whose names `core.roles` does not know, or to overrule what it says: a role by regular
             expression searched in module paths; of several patterns that match the first counts.
+        experts: whether the experts of a layer of a mixture share their thresholds, or each has its own; one that sees
+            few tokens of the calibration data has those of all of them.
         dataset: what to calibrate on when no dataset object is passed: a name that optimum's dataset helper
             knows, a local .txt, .jsonl, .json or .parquet file, or `auto` (text that the model itself generates).
         num_samples: number of calibration samples.
@@ -108,6 +112,7 @@ class SCAPConfig(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     roles: dict[str, Role] = Field(default_factory=dict)
+    experts: Experts = "shared"
     dataset: str = "auto"
     num_samples: Count = 64
     seq_len: Count = 256
@@ -156,6 +161,8 @@ class SCAPConfig(BaseModel):
         content: dict[str, Any] = serialize(self)
         if not content.get("roles"):
             content.pop("roles", None)
+        if content.get("experts") == "shared":
+            del content["experts"]
         return content
 
     def role(self, path: str, known: Role | None) -> Role | None:

@@ -1,8 +1,8 @@
 """Which module path plays which role: one table for every architecture and both backends.
 
 A role names what a fully connected layer does inside its block. The table is keyed by the tail of the module path,
-compared component by component, and the longest tail wins: ``attention.output.dense`` is `o` although
-``output.dense`` is `down`. A PyTorch module path (``model.layers.0.mlp.up_proj``) and the node name that the
+compared component by component (`*` is any number), and the longest tail wins: ``attention.output.dense`` is `o`
+although ``output.dense`` is `down`. A PyTorch module path (``model.layers.0.mlp.up_proj``) and the node name that the
 OpenVINO exporter derives from it (``__module.model.layers.0.mlp.up_proj/aten::linear/MatMul``) give the same role.
 """
 
@@ -43,6 +43,8 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
     ),
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv", "self_attn.qkv"),
     "up": (
+        "experts.up",  # mixtures of experts, see `torch.expert_layers`; "*" is a number
+        "experts.*.up",
         "up_proj",  # Llama, Mistral, Qwen, Gemma, MPT
         "gate_up_proj",  # Phi-3
         "fc1",  # Phi-1, Phi-2, OPT, CLIP, Whisper
@@ -59,8 +61,10 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "mlp.Wi",  # ModernBERT
         "mlp.weights_in",  # DINOv2 with SwiGLU
     ),
-    "gate": ("gate_proj", "DenseReluDense.wi_0", "w1"),
+    "gate": ("experts.gate", "experts.*.gate", "gate_proj", "DenseReluDense.wi_0", "w1"),
     "down": (
+        "experts.down",
+        "experts.*.down",
         "down_proj",
         "fc2",
         "fc_out",
@@ -110,7 +114,7 @@ def module_path(name: str) -> str:
 
 def find_role(name: str) -> Role | None:
     """The role of the fully connected layer called `name` (a module path or an IR node name), None if it has none."""
-    parts = module_path(name).split(".")
+    parts = ["*" if part.isdigit() else part for part in module_path(name).split(".")]
     for length in range(min(_LONGEST_TAIL, len(parts)), 0, -1):
         role = _TAIL_TO_ROLE.get(tuple(parts[-length:]))
         if role is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import SCAPError, printable
 from .config import PATTERN, SCAPConfig, Target
 from .roles import ROLES, Role, find_role
-from .sites import Layers, Site
+from .sites import Layer, Layers, Site
 
 
 logger = logging.getLogger(__name__)
@@ -18,13 +18,25 @@ logger = logging.getLogger(__name__)
 _LISTED = 12
 
 
+# Of fewer tokens no threshold is taken: a token is a thousand activations, but they are alike.
+FEW_TOKENS = 64
+
+
 @dataclass(frozen=True)
 class Group:
-    """The layers of one site with one target: they prune alike."""
+    """The layers of one site with one target: they prune alike.
+
+    Args:
+        site, layers, target: the layers by module path.
+        pool: names the groups whose statistics stand in together where this one sees too little, see `Layer`.
+        enough: how many activations it has to see.
+    """
 
     site: Site
     layers: tuple[str, ...]
     target: Target
+    pool: str | None = None
+    enough: int = 1
 
     @property
     def key(self) -> str:
@@ -91,15 +103,22 @@ def is_excluded(path: str, config: SCAPConfig) -> bool:
     return not included or any(re.search(pattern, path) for pattern in config.exclude)
 
 
-def make_groups(sites: Iterable[Site], targets: Mapping[str, Target]) -> list[Group]:
-    """The layers to prune, those of one site and target together."""
+def make_groups(
+    sites: Iterable[Site], targets: Mapping[str, Target], layers: Mapping[str, Layer] | None = None
+) -> list[Group]:
+    """The layers to prune, those of one site and target together; `layers` tell which of them share a pool."""
+    known = layers or {}
     found = []
     for site in sites:
         by_target: dict[Target, list[str]] = {}
         for path in site.layers:
             if path in targets:
                 by_target.setdefault(targets[path], []).append(path)
-        found += [Group(site, tuple(paths), target) for target, paths in by_target.items()]
+        for target, paths in by_target.items():
+            first = known.get(paths[0])
+            pool = None if first is None else first.pool
+            enough = 1 if first is None or pool is None else FEW_TOKENS * first.in_features
+            found.append(Group(site, tuple(paths), target, pool, enough))
     return found
 
 

@@ -56,7 +56,11 @@ def prune(x: Tensor, mode: float, threshold: float, scale: Tensor | None = None)
     return torch.where(pruned, torch.full((), mode, dtype=x.dtype, device=x.device), x)
 
 
-class _PrunedInput:
+class Pruned:
+    """Marks what prunes its input."""
+
+
+class _PrunedInput(Pruned):
     """What SCAPLinear and SCAPConv1D share. The class of an existing layer becomes theirs, see `convert`.
 
     The weights keep their name, shape and order of dimensions. Where a kernel reads them they lie input-channel-major
@@ -391,7 +395,7 @@ def run_together(layers: Sequence[nn.Module]) -> bool:
 
 def is_pruned(module: nn.Module) -> bool:
     """Whether `convert.convert` was called on `module`."""
-    return isinstance(module, _PrunedInput)
+    return isinstance(module, Pruned)
 
 
 def _version(value: Tensor) -> int:

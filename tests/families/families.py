@@ -117,9 +117,13 @@ def gated(prefix: str = "model.layers.*", attention: str = "self_attn", mlp: str
     return layers | ({"": ("lm_head=head",)} if head else {})
 
 
-def attention_only(head: bool = True) -> Layers:
-    layers = {"model.layers.*.self_attn": ("q_proj=q k_proj=k v_proj=v", "o_proj=o")}
-    return layers | ({"": ("lm_head=head",)} if head else {})
+def experts(mlp: str = "mlp", *others: str) -> Layers:
+    """The layers of Mixtral and its kin; `others` read what the experts read."""
+    return {
+        "model.layers.*.self_attn": ("q_proj=q k_proj=k v_proj=v", "o_proj=o"),
+        f"model.layers.*.{mlp}": (" ".join(["experts.gate=gate experts.up=up", *others]), "experts.down=down"),
+        "": ("lm_head=head",),
+    }
 
 
 def bert(prefix: str, *others: str) -> Layers:
@@ -460,4 +464,55 @@ VISION = {
     ),
 }
 
-FAMILIES = DECODERS | STATE_SPACE | ENCODERS | VISION
+_SHARED = ("shared_expert.gate_proj=gate", "shared_expert.up_proj=up", "shared_expert_gate=-")
+EXPERTS = {
+    "mixtral": Family("MixtralForCausalLM", lambda: tf.MixtralConfig(**_GROUPED, num_local_experts=4), experts()),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        lambda: tf.Qwen2MoeConfig(**_GROUPED, **_EXPERTS, shared_expert_intermediate_size=FFN),
+        {**experts("mlp", *_SHARED), "model.layers.*.mlp.shared_expert": ("down_proj=down",)},
+    ),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", lambda: tf.Qwen3MoeConfig(**_GROUPED, **_EXPERTS), experts()),
+    "olmoe": Family(
+        "OlmoeForCausalLM", lambda: tf.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2), experts()
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        lambda: tf.DeepseekV3Config(
+            **{**_DECODER, "num_key_value_heads": HEADS},
+            moe_intermediate_size=FFN // 2,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=24,
+            kv_lora_rank=24,
+            qk_rope_head_dim=12,
+            qk_nope_head_dim=12,
+            v_head_dim=12,
+        ),
+        {
+            "model.layers.*.self_attn": ("q_a_proj=- kv_a_proj_with_mqa=-", "q_b_proj=-", "kv_b_proj=-", "o_proj=o"),
+            "model.layers.*.mlp": (
+                "gate_proj=gate up_proj=up",
+                "down_proj=down",
+                "experts.gate=gate experts.up=up",
+                "experts.down=down",
+                "shared_experts.gate_proj=gate shared_experts.up_proj=up",
+                "shared_experts.down_proj=down",
+            ),
+            "": ("lm_head=head",),
+        },
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        lambda: tf.GptOssConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=12),
+        {
+            **experts(),
+            "model.layers.*.mlp": ("experts.up=up", "experts.down=down"),
+        },
+    ),
+}
+
+FAMILIES = DECODERS | EXPERTS | STATE_SPACE | ENCODERS | VISION
