@@ -14,7 +14,7 @@ from ..errors import SCAPError
 from .blocks import convert_blocks
 from .blocks.experts import expert_layers
 from .convert import check_vectors, convert
-from .expert_layers import ExpertLayer, is_of_one_expert
+from .expert_layers import ExpertLayer, SCAPExpertLayer, is_of_one_expert
 from .linear import is_pruned
 from .owners import Owners
 from .prunable import is_linear, is_quantized, why_dense
@@ -63,6 +63,9 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
         criterion, correction = vectors[path]
         for module in modules:
             convert(module, parameters.layers[path], parameters.apply_to, criterion, correction)
+    for module in pruned_layers(model).values():
+        if isinstance(module, SCAPExpertLayer):
+            module.prepare()
     sites = parameters.found_sites()
     named = [path for site in sites for path in site.layers if path not in found]
     found.update(find_modules(model, named, missing_is_error=False))

@@ -59,7 +59,7 @@ class TorchBackend(core.Backend):
         }
         for path, module in saved_modules(self._model):
             self._modules.update(expert_layers(path, module, self._experts))
-        dense = _left_dense(self._model, forbidden)
+        dense, experts = _left_dense(self._model, forbidden)
         if not self._modules:
             raise SCAPError(
                 "the model has no fully connected layer to prune, with floating-point weights or with integers that "
@@ -72,7 +72,7 @@ class TorchBackend(core.Backend):
             else Layer(path, find_role(path), in_features(module), out_features(module))
             for path, module in self._modules.items()
         }
-        return Layers(prunable, dense)
+        return Layers(prunable, dense, experts)
 
     def check_can_be_saved(self) -> None:
         check_can_be_saved(unwrap(self._model))
@@ -133,9 +133,10 @@ def measure_sparsity(model: nn.Module, samples: Iterable[Any]) -> dict[str, floa
     return core.measure_sparsity(TorchBackend(model), samples)
 
 
-def _left_dense(model: nn.Module, forbidden: Mapping[nn.Module, str]) -> dict[str, str]:
-    """Why layers cannot be pruned that otherwise would be, by path."""
+def _left_dense(model: nn.Module, forbidden: Mapping[nn.Module, str]) -> tuple[dict[str, str], frozenset[str]]:
+    """Why layers cannot be pruned that otherwise would be, by path; and which of them are experts."""
     reasons: dict[str, str] = {}
+    experts = set()
     for path, module in saved_modules(model):
         is_layer = is_linear(module) or is_quantized(module)
         reason = forbidden.get(module) if is_layer else None
@@ -147,8 +148,9 @@ def _left_dense(model: nn.Module, forbidden: Mapping[nn.Module, str]) -> dict[st
             reasons[path] = reason
         if is_experts(module):
             continue
-        # Where the weights of all experts are held in another way. The names of the parameters tell their roles.
+        # Where the weights of all experts are held in another way.
         for name, value in module.named_parameters(path, recurse=False):
-            if not is_lazy(value) and value.dim() >= 3 and find_role(name):
+            if not is_lazy(value) and value.dim() >= 3 and (find_role(name) or "Experts" in type(module).__name__):
                 reasons[name] = f"the experts in a {type(module).__name__} are not held as those that can be pruned"
-    return reasons
+                experts.add(name)
+    return reasons, frozenset(experts)

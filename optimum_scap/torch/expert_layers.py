@@ -68,8 +68,9 @@ class SCAPExpertLayer(ExpertLayer, Pruned):
         return prune(x, self.scap_mode, self.scap_threshold)
 
     def prepare(self) -> None:
-        """See `_PrunedInput.prepare`."""
-        self.owner.prepare()  # what `blocks.experts` made of it
+        """See `_PrunedInput.prepare`; the first of the layers does it for all of them."""
+        if next(iter(self.owner.scap_layers().values())) is self:
+            self.owner.prepare()
 
     def extra_repr(self) -> str:
         parameters = self.scap_parameters
@@ -87,6 +88,11 @@ def is_experts(module: Any) -> bool:
     return all(
         type(weight) is nn.Parameter and weight.dim() == 3 and weight.dtype in _WEIGHT_DTYPES for weight in weights
     )
+
+
+def is_of_experts(path: str) -> bool:
+    """Whether a layer of this path belongs to a mixture of experts."""
+    return re.search(r"(^|\.)experts\.(\d+\.)?(gate|up|down)$", path) is not None
 
 
 def is_of_one_expert(path: str) -> bool:

@@ -252,7 +252,7 @@ class _PrunedInput(Pruned):
     def _versions(self) -> tuple[int, ...]:
         """Changes whenever the weights or the bias are changed in place, as an optimizer does."""
         values = (*self._weight_tensors(), self.bias, self.scap_bias_correction)
-        return tuple(_version(value) for value in values if value is not None)
+        return tuple(version(value) for value in values if value is not None)
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module's; also folds the mode anew, for weights that were changed through `.data` (a merged LoRA)."""
@@ -284,7 +284,7 @@ class _PrunedInput(Pruned):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         name = f"{prefix}weight"
         if self._scap_reordered and not keep_vars and name in destination:  # safetensors takes no other order
-            destination[name] = _contiguous(destination[name])
+            destination[name] = contiguous(destination[name])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -398,7 +398,8 @@ def is_pruned(module: nn.Module) -> bool:
     return isinstance(module, Pruned)
 
 
-def _version(value: Tensor) -> int:
+def version(value: Tensor) -> int:
+    """Changes whenever `value` is changed in place."""
     try:
         return value._version
     except RuntimeError:  # made in inference mode
@@ -410,7 +411,8 @@ def wants_input_major(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
-def _contiguous(weight: Tensor) -> Tensor:
+def contiguous(weight: Tensor) -> Tensor:
+    """A copy in the order of its dimensions, on the CPU where there is no room."""
     try:
         return weight.contiguous()
     except torch.OutOfMemoryError:  # all copies together may not fit beside the model

@@ -512,6 +512,7 @@ EXPERTS = {
             **experts(),
             "model.layers.*.mlp": ("experts.up=up", "experts.down=down"),
         },
+        sparse="^(?!.*experts)",
     ),
 }
 

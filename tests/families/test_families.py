@@ -30,7 +30,11 @@ class SparseLayers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name.startswith("sparse_"):
-            self.count[name] += {"sparse_linear_group": len(args[1]), "sparse_gated_linear": 2}.get(name, 1)
+            self.count[name] += {
+                "sparse_linear_group": len(args[1]),
+                "sparse_gated_linear": 2,
+                "sparse_experts": 3,
+            }.get(name, 1)
         return func(*args, **(kwargs or {}))
 
 

@@ -214,8 +214,8 @@ def test_layers_that_stay_dense_are_named(caplog: pytest.LogCaptureFixture) -> N
         sparsify_activations(tiny_model("llama"), SCAPConfig.from_spec("0.4", exclude=("mlp",)), tiny_samples("llama"))
 
 
-def test_experts_are_not_pruned_silently(caplog: pytest.LogCaptureFixture) -> None:
-    config = tf.MixtralConfig(
+def test_other_kinds_of_experts_are_not_left_out_silently(caplog: pytest.LogCaptureFixture) -> None:
+    config = tf.GraniteMoeConfig(
         vocab_size=128,
         hidden_size=48,
         intermediate_size=96,
@@ -225,11 +225,11 @@ def test_experts_are_not_pruned_silently(caplog: pytest.LogCaptureFixture) -> No
         num_local_experts=4,
     )
     samples = tiny_samples("llama")
-    with pytest.raises(SCAPError, match=r"experts\.gate_up_proj: experts of a mixture-of-experts model"):
-        sparsify_activations(tf.MixtralForCausalLM(config), "0.4", samples)
-    model = sparsify_activations(tf.MixtralForCausalLM(config), "q=0.4,up=0.4", samples)
+    with pytest.raises(SCAPError, match=r"input_linear.*the experts in a GraniteMoeParallelExperts"):
+        sparsify_activations(tf.GraniteMoeForCausalLM(config), "0.4", samples)
+    model = sparsify_activations(tf.GraniteMoeForCausalLM(config), "q=0.4,up=0.4", samples)
     assert len(pruned_layers(model)) == 1
-    assert "mixture-of-experts model are not pruned" in caplog.text
+    assert "are not held as those that can be pruned" in caplog.text
 
 
 def test_any_module_without_transformers() -> None:
