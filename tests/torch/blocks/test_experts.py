@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from families import FAMILIES
 from torch import nn
 
@@ -241,3 +243,17 @@ def test_decoding_compiles_as_one_graph() -> None:
     with torch.no_grad():
         for chosen in (index, index + 1):
             assert torch.equal(compiled(x, chosen, weights), experts(x, chosen, weights))
+
+
+def test_hooks_of_accelerate_stay() -> None:
+    family = FAMILIES["mixtral"]
+    plain, _ = sparse("mixtral")
+    hooked, offloaded, samples = family.build(), family.build(), family.samples()
+    for module in hooked.modules():
+        if type(module).__name__ == "MixtralExperts":
+            add_hook_to_module(module, ModelHook())
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    for model in (hooked, offloaded):
+        sparsify_activations(model, "0.4", samples)
+        for tokens in (samples[0]["input_ids"], samples[0]["input_ids"][:1, :1]):
+            torch.testing.assert_close(logits(model, tokens), logits(plain, tokens), atol=1e-5, rtol=1e-5)
