@@ -7,7 +7,7 @@ from typing import Any
 
 from .core.backend import Backend, apply_parameters
 from .core.calibration import Allocation, Calibration
-from .core.config import SCAPConfig
+from .core.config import Experts, SCAPConfig
 from .core.parameters import SCAPParameters
 from .errors import SCAPError
 
@@ -55,7 +55,7 @@ def sparsify_activations(
         config = SCAPConfig.from_spec(config)
     if isinstance(config, SCAPParameters) and dataset is not None:
         raise SCAPError("SCAPParameters are applied without calibration: no dataset is needed")
-    backends = _backends(model)
+    backends = _backends(model, config.experts if isinstance(config, SCAPConfig) else "shared")
     try:
         if isinstance(config, SCAPParameters):
             apply_parameters(backends, config)
@@ -69,12 +69,12 @@ def sparsify_activations(
     return model
 
 
-def _backends(model: Any) -> Mapping[str, Backend]:
+def _backends(model: Any, experts: Experts) -> Mapping[str, Backend]:
     """The models inside of `model` that calibration runs, by name."""
     if _is_instance(model, "torch.nn", "Module"):
         from .torch.backend import TorchBackend
 
-        return {"model": TorchBackend(_uncompiled(model))}
+        return {"model": TorchBackend(_uncompiled(model), experts)}
     if _is_instance(model, "openvino", "Model"):
         from .openvino.backend import OpenVINOBackend
 

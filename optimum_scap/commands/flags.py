@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..core.config import ESTIMATORS, ApplyTo, DenseLayers, SCAPConfig
+from ..core.config import ESTIMATORS, EXPERTS, ApplyTo, DenseLayers, SCAPConfig, shortened
 from ..core.parameter_files import load_parameters
 from ..core.parameters import SCAPParameters
 from ..core.roles import ROLES
@@ -70,6 +70,23 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
         help="Leave layers dense whose module path matches this regular expression. May be repeated.",
     )
     group.add_argument(
+        "--scap-role",
+        metavar="ROLE=REGEX",
+        action="append",
+        help=(
+            "What layers do whose module path matches this regular expression, where their names do not tell: "
+            r"up='blocks\.\d+\.expand$'. May be repeated; the first that matches counts."
+        ),
+    )
+    group.add_argument(
+        "--scap-experts",
+        choices=EXPERTS,
+        help=(
+            "Mixtures of experts: thresholds that the experts of a layer share, or of each expert; one that sees few "
+            f"calibration tokens has those of all. Default: {fields['experts'].default}."
+        ),
+    )
+    group.add_argument(
         "--scap-apply-to",
         choices=get_args(ApplyTo),
         help=(
@@ -118,6 +135,8 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         "num_samples": args.scap_num_samples,
         "seq_len": args.scap_seq_len,
         "exclude": tuple(args.scap_exclude) if args.scap_exclude else None,
+        "experts": args.scap_experts,
+        "roles": _roles_by_pattern(args.scap_role),
         "apply_to": args.scap_apply_to,
         "dense_layers": args.scap_dense_layers,
     }
@@ -127,6 +146,24 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         )
     except SCAPError as error:
         raise SCAPError(f"--scap: {error}") from error
+
+
+def _roles_by_pattern(given: list[str] | None) -> dict[str, str] | None:
+    """{pattern: role} of `ROLE=REGEX` each.
+
+    Raises:
+        SCAPError: naming the flag and what is wrong.
+    """
+    roles: dict[str, str] = {}
+    for value in given or ():
+        role, equals, pattern = value.partition("=")
+        if not equals or not pattern:
+            raise SCAPError(f"--scap-role {shortened(value)} is not of the form ROLE=REGEX")
+        if role not in ROLES:
+            raise SCAPError(f"--scap-role: unknown role {shortened(role)}, choose from {', '.join(ROLES)}")
+        if roles.setdefault(pattern, role) != role:
+            raise SCAPError(f"--scap-role: {shortened(pattern)} is given two roles, {roles[pattern]} and {role}")
+    return roles or None
 
 
 def check_scap_is_given(args: Namespace) -> None:

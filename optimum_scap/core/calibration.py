@@ -7,6 +7,7 @@ How the statistics are read is `stream`'s business.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .parameters import LayerParameters, SCAPParameters
 from .sites import Layers, Site
 from .statistics import ActivationStatistics
 from .stream import MODE_PASSES, SETTLED, Stream
-from .targets import Group, choose_targets, is_excluded, make_groups
+from .targets import Group, choose_targets, is_excluded, make_groups, name_roles
 from .unreached import names_of
 
 
@@ -52,7 +53,7 @@ class Calibration:
     def __init__(self, backends: Mapping[str, Backend], config: SCAPConfig) -> None:
         self._backends = backends
         self._config = config
-        self._layers = {name: backend.layers() for name, backend in backends.items()}
+        self._layers = {name: name_roles(backend.layers(), config) for name, backend in backends.items()}
         self._targets = choose_targets(_all_layers(self._layers.values()), config)
         for backend in backends.values():
             backend.check_can_be_saved()
@@ -79,7 +80,7 @@ class Calibration:
             targets = {path: target for path, target in self._targets.items() if path in layers.prunable}
             if targets and name in samples:
                 sites = backend.find_sites(layers, samples[name])
-                groups = make_groups(sites, targets)
+                groups = make_groups(sites, targets, layers.prunable)
                 groups, criteria = calibrate(backend, groups, samples[name], self._config.seed, layers, allocation)
                 found[name] = self._parameters(layers, sites, groups, criteria, dataset)
         if not found:
@@ -195,10 +196,9 @@ def _allocated(
     }
     sparsities = allocation(groups, statistics, weights)
     return [
-        Group(
-            group.site,
-            group.layers,
-            Target.model_validate({**group.target.model_dump(), "sparsity": float(sparsities[group.key])}),
+        replace(
+            group,
+            target=Target.model_validate({**group.target.model_dump(), "sparsity": float(sparsities[group.key])}),
         )
         for group in groups
     ]

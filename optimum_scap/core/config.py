@@ -6,10 +6,20 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from ..errors import SCAPError, first_line, printable
-from .roles import FFN_ROLES, ROLES
+from .roles import FFN_ROLES, ROLES, Role
 
 
 Estimator = Literal["zero", "mean", "median", "kde"]
@@ -18,6 +28,8 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 ChannelScale = Literal["none", "weight_norm", "sqrt_weight_norm"]
 ApplyTo = Literal["all", "decode"]
 DenseLayers = Literal["fast", "stock", "all"]
+Experts = Literal["shared", "each"]
+EXPERTS: tuple[Experts, ...] = get_args(Experts)
 
 # What marks a key of `targets` as a pattern on module paths, as in compressed-tensors.
 PATTERN = "re:"
@@ -76,6 +88,10 @@ class SCAPConfig(BaseModel):
         include: regular expressions searched in module paths; when given, only layers that one of them matches are
             pruned.
         exclude: regular expressions searched in module paths; layers that one of them matches stay dense.
+        roles: what layers do whose names `core.roles` does not know, or to overrule what it says: a role by regular
+            expression searched in module paths; of several patterns that match the first counts.
+        experts: whether the experts of a layer of a mixture share their thresholds, or each has its own; one that sees
+            few tokens of the calibration data has those of all of them.
         dataset: what to calibrate on when no dataset object is passed: a name that optimum's dataset helper
             knows, a local .txt, .jsonl, .json or .parquet file, or `auto` (text that the model itself generates).
         num_samples: number of calibration samples.
@@ -95,6 +111,8 @@ class SCAPConfig(BaseModel):
     targets: dict[str, Target] = Field(min_length=1)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    roles: dict[str, Role] = Field(default_factory=dict)
+    experts: Experts = "shared"
     dataset: str = "auto"
     num_samples: Count = 64
     seq_len: Count = 256
@@ -130,6 +148,26 @@ class SCAPConfig(BaseModel):
     def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         _check_patterns(patterns)
         return patterns
+
+    @field_validator("roles")
+    @classmethod
+    def _patterns_of_roles_compile(cls, roles: dict[str, Role]) -> dict[str, Role]:
+        _check_patterns(roles)
+        return roles
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Versions that do not know a field refuse files that hold it."""
+        content: dict[str, Any] = serialize(self)
+        if not content.get("roles"):
+            content.pop("roles", None)
+        if content.get("experts") == "shared":
+            del content["experts"]
+        return content
+
+    def role(self, path: str, known: Role | None) -> Role | None:
+        """What the layer at `path` does: what `roles` say, else `known`."""
+        return next((role for pattern, role in self.roles.items() if re.search(pattern, path)), known)
 
     def pattern_targets(self) -> dict[str, Target]:
         """The targets of module paths, by regular expression."""

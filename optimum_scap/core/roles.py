@@ -1,8 +1,8 @@
 """Which module path plays which role: one table for every architecture and both backends.
 
 A role names what a fully connected layer does inside its block. The table is keyed by the tail of the module path,
-compared component by component, and the longest tail wins: ``attention.output.dense`` is `o` although
-``output.dense`` is `down`. A PyTorch module path (``model.layers.0.mlp.up_proj``) and the node name that the
+compared component by component (`*` is any number), and the longest tail wins: ``attention.output.dense`` is `o`
+although ``output.dense`` is `down`. A PyTorch module path (``model.layers.0.mlp.up_proj``) and the node name that the
 OpenVINO exporter derives from it (``__module.model.layers.0.mlp.up_proj/aten::linear/MatMul``) give the same role.
 """
 
@@ -35,14 +35,16 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "attention.dense",  # GPT-NeoX
         "attn.c_proj",  # GPT-2
         "attention.output.dense",  # BERT, ViT
-        "attention.o_proj",
         "attention.out_lin",  # DistilBERT
         "SelfAttention.o",  # T5
         "EncDecAttention.o",
         "attention.wo",  # InternLM2
+        "attn.Wo",  # ModernBERT
     ),
-    "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv"),
+    "qkv": ("qkv_proj", "query_key_value", "Wqkv", "attn.c_attn", "W_pack", "wqkv", "attn.qkv", "self_attn.qkv"),
     "up": (
+        "experts.up",  # mixtures of experts, see `torch.expert_layers`; "*" is a number
+        "experts.*.up",
         "up_proj",  # Llama, Mistral, Qwen, Gemma, MPT
         "gate_up_proj",  # Phi-3
         "fc1",  # Phi-1, Phi-2, OPT, CLIP, Whisper
@@ -55,11 +57,14 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "feed_forward.intermediate_dense",  # Wav2Vec2
         "DenseReluDense.wi",  # T5
         "DenseReluDense.wi_1",
-        "feed_forward.w3",  # InternLM2
-        "w3",  # Mixtral
+        "w3",  # LFM2, InternLM2
+        "mlp.Wi",  # ModernBERT
+        "mlp.weights_in",  # DINOv2 with SwiGLU
     ),
-    "gate": ("gate_proj", "DenseReluDense.wi_0", "feed_forward.w1", "w1"),
+    "gate": ("experts.gate", "experts.*.gate", "gate_proj", "DenseReluDense.wi_0", "w1"),
     "down": (
+        "experts.down",
+        "experts.*.down",
         "down_proj",
         "fc2",
         "fc_out",
@@ -70,13 +75,14 @@ _PATH_TAILS: dict[Role, tuple[str, ...]] = {
         "ffn_output",
         "feed_forward.output_dense",
         "DenseReluDense.wo",
-        "feed_forward.w2",
         "w2",
+        "mlp.Wo",
+        "mlp.weights_out",
     ),
     "in": ("mixer.in_proj", "mamba.in_proj"),
     "out": ("mixer.out_proj", "mamba.out_proj"),
     # What computes the logits: in small models a quarter of all that a token reads, and the most sensitive layer.
-    "head": ("lm_head", "embed_out", "output_layer"),  # embed_out: GPT-NeoX, output_layer: ChatGLM
+    "head": ("lm_head", "embed_out", "output_layer", "proj_out"),  # GPT-NeoX, ChatGLM, Whisper
 }
 
 _TAIL_TO_ROLE: dict[tuple[str, ...], Role] = {
@@ -108,7 +114,7 @@ def module_path(name: str) -> str:
 
 def find_role(name: str) -> Role | None:
     """The role of the fully connected layer called `name` (a module path or an IR node name), None if it has none."""
-    parts = module_path(name).split(".")
+    parts = ["*" if part.isdigit() else part for part in module_path(name).split(".")]
     for length in range(min(_LONGEST_TAIL, len(parts)), 0, -1):
         role = _TAIL_TO_ROLE.get(tuple(parts[-length:]))
         if role is not None:

@@ -23,12 +23,15 @@ class Layer:
         path: its module path.
         role: what it does in its block; None if that is not known, so that only patterns can select it.
         in_features, out_features: shape of its weights.
+        pool: of single experts: what names all experts of their layer. Where one sees too little, what all of them see
+            stands in.
     """
 
     path: str
     role: Role | None
     in_features: int
     out_features: int
+    pool: str | None = None
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class Stream:
         self._seed = seed
         self._modes = {group.key: np.float32(0.0) for group in groups}
         self._statistics: dict[str, ActivationStatistics] = {}
+        self._pooled: dict[str, ActivationStatistics] = {}
+        self._pools = {group.key: group.pool for group in groups if group.pool is not None}
+        self._enough = {group.key: group.enough for group in groups}
         self._empty = True
         self.groups = groups
         self.criteria: dict[str, Criterion] = {group.key: KEEP_ALL for group in groups}
@@ -137,6 +140,7 @@ class Stream:
             )
             for group in self.groups
         }
+        self._pooled = {pool: self._backend.statistics(pool, self._seed) for pool in self._pools.values()}
 
     def _read(self, samples: Iterator[Any], count: int, bar: ProgressBar) -> int:
         """Feeds the statistics with the next `count` samples; how many there were."""
@@ -153,18 +157,25 @@ class Stream:
 
     def _visit(self, key: str, activations: Any) -> None:
         self._statistics[key].add(activations)
+        if key in self._pools:
+            self._pooled[self._pools[key]].add(activations)
 
     def _reached(self) -> set[str]:
-        return {key for key, statistics in self._statistics.items() if statistics.count > 0}
+        return {key for key in self._statistics if self._telling(key).count > 0}
+
+    def _telling(self, key: str) -> ActivationStatistics:
+        """The statistics that tell the criterion of a group: its own, or the pool's where these are too few."""
+        own = self._statistics[key]
+        return self._pooled[self._pools[key]] if key in self._pools and own.count < self._enough[key] else own
 
     def _solve(self, final: bool = False) -> None:
         """Takes over the criteria that fit what was seen; of groups that were not reached they stay what they are.
 
         What is all zero so far may become something else, unless this is `final`.
         """
-        reached = {key for key in self._reached() if final or not self._statistics[key].all_zero}
+        reached = {key for key in self._reached() if final or not self._telling(key).all_zero}
         self.criteria = self.criteria | {
-            group.key: self._statistics[group.key].solve(group.target.estimator, group.target.sparsity)
+            group.key: self._telling(group.key).solve(group.target.estimator, group.target.sparsity)
             for group in self.groups
             if group.key in reached
         }
@@ -177,7 +188,7 @@ class Stream:
         moved = False
         for group in self.groups:
             if group.key in self._scales and group.key in self._reached():
-                mode = self._statistics[group.key].mode(group.target.estimator, group.target.sparsity)
+                mode = self._telling(group.key).mode(group.target.estimator, group.target.sparsity)
                 moved = moved or mode != self._modes[group.key]
                 self._modes[group.key] = mode
         return moved
@@ -185,6 +196,8 @@ class Stream:
     def _drift(self, key: str, spans: Sequence[tuple[Mapping[str, Criterion], Mapping[str, int]]]) -> float:
         """How far the sparsity in force was from the final one on average, of what the pass saw."""
         statistics = self._statistics[key]
+        if statistics.count == 0:  # its pool tells
+            return 0.0
         final = statistics.sparsity(self.criteria[key])
         sums = sum(
             counts[key] * abs(statistics.sparsity(criteria[key]) - final) for criteria, counts in spans if counts[key]

@@ -2,30 +2,54 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import SCAPError, printable
 from .config import PATTERN, SCAPConfig, Target
 from .roles import ROLES, Role, find_role
-from .sites import Layers, Site
+from .sites import Layer, Layers, Site
 
 
 logger = logging.getLogger(__name__)
 
+# Layers without a role that a message lists.
+_LISTED = 12
+
+
+# Of fewer tokens no threshold is taken: a token is a thousand activations, but they are alike.
+FEW_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Group:
-    """The layers of one site with one target: they prune alike."""
+    """The layers of one site with one target: they prune alike.
+
+    Args:
+        site, layers, target: the layers by module path.
+        pool: names the groups whose statistics stand in together where this one sees too little, see `Layer`.
+        enough: how many activations it has to see.
+    """
 
     site: Site
     layers: tuple[str, ...]
     target: Target
+    pool: str | None = None
+    enough: int = 1
 
     @property
     def key(self) -> str:
         """Identifies the group within its model."""
         return self.layers[0]
+
+
+def name_roles(layers: Layers, config: SCAPConfig) -> Layers:
+    """`layers` with the roles that the config names."""
+    if not config.roles:
+        return layers
+    prunable = {path: replace(layer, role=config.role(path, layer.role)) for path, layer in layers.prunable.items()}
+    return replace(layers, prunable=prunable)
 
 
 def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
@@ -38,7 +62,9 @@ def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
     targets = select_targets({path: layer.role for path, layer in layers.prunable.items()}, config)
     roles = {layer.role for layer in layers.prunable.values()}
     # The experts of a model are what most of its FFN weights are.
-    dense_roles = {path: "up" if path in layers.experts else find_role(path) for path in layers.dense}
+    dense_roles = {
+        path: config.role(path, "up" if path in layers.experts else find_role(path)) for path in layers.dense
+    }
     skipped = select_targets(dense_roles, config)
     dense = {path: layers.dense[path] for path in skipped}
     if not layers.prunable:
@@ -49,7 +75,7 @@ def choose_targets(layers: Layers, config: SCAPConfig) -> dict[str, Target]:
             "no fully connected layer is left to prune: the targets name "
             f"{', '.join(map(printable, config.targets))}, the model has "
             f"{', '.join(role for role in ROLES if role in roles) or 'no layer of a known role'}{patterns}"
-            f"{first_of(dense)}"
+            f"{first_of(dense)}{_without_role(layers)}"
         )
     if dense:
         logger.warning("%d layers are left dense%s", len(dense), first_of(dense))
@@ -77,16 +103,40 @@ def is_excluded(path: str, config: SCAPConfig) -> bool:
     return not included or any(re.search(pattern, path) for pattern in config.exclude)
 
 
-def make_groups(sites: Iterable[Site], targets: Mapping[str, Target]) -> list[Group]:
-    """The layers to prune, those of one site and target together."""
+def make_groups(
+    sites: Iterable[Site], targets: Mapping[str, Target], layers: Mapping[str, Layer] | None = None
+) -> list[Group]:
+    """The layers to prune, those of one site and target together; `layers` tell which of them share a pool."""
+    known = layers or {}
     found = []
     for site in sites:
         by_target: dict[Target, list[str]] = {}
         for path in site.layers:
             if path in targets:
                 by_target.setdefault(targets[path], []).append(path)
-        found += [Group(site, tuple(paths), target) for target, paths in by_target.items()]
+        for target, paths in by_target.items():
+            first = known.get(paths[0])
+            pool = None if first is None else first.pool
+            enough = 1 if first is None or pool is None else FEW_TOKENS * first.in_features
+            found.append(Group(site, tuple(paths), target, pool, enough))
     return found
+
+
+def _without_role(layers: Layers) -> str:
+    """Lists the layers without a role, numbers of blocks being `*`, and says how to name one; for a message."""
+    counts = Counter(re.sub(r"\b\d+\b", "*", path) for path, layer in layers.prunable.items() if layer.role is None)
+    if not counts:
+        return ""
+    listed = ", ".join(
+        f"{printable(path)} ({number})" if number > 1 else printable(path)
+        for path, number in list(counts.items())[:_LISTED]
+    )
+    more = f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""
+    example = re.escape(next(iter(counts))).replace(r"\*", r"\d+")
+    return (
+        f"; no role is known for {listed}{more}: name them by patterns, --scap-role 'up={printable(example)}$' "
+        f"(roles={{pattern: role}} in SCAPConfig), or give {PATTERN}PATTERN as a target"
+    )
 
 
 def first_of(reasons: Mapping[str, str]) -> str:
@@ -99,6 +149,7 @@ def _check_patterns(paths: Iterable[str], config: SCAPConfig) -> None:
     named = (
         ("include", config.include),
         ("exclude", config.exclude),
+        ("roles", config.roles),
         ("targets", [name.removeprefix(PATTERN) for name in config.targets if name.startswith(PATTERN)]),
     )
     for field, patterns in named:

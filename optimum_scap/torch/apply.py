@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.config import Experts
 from ..core.parameters import QUANT_METHOD, SCAPParameters
 from ..core.roles import module_path
 from ..core.sites import match_paths
 from ..errors import SCAPError
 from .blocks import convert_blocks
+from .blocks.experts import expert_layers
 from .convert import check_vectors, convert
+from .expert_layers import ExpertLayer, SCAPExpertLayer, is_of_one_expert
 from .linear import is_pruned
 from .owners import Owners
 from .prunable import is_linear, is_quantized, why_dense
@@ -60,6 +63,9 @@ def apply_parameters(model: nn.Module, parameters: SCAPParameters, *, from_check
         criterion, correction = vectors[path]
         for module in modules:
             convert(module, parameters.layers[path], parameters.apply_to, criterion, correction)
+    for module in pruned_layers(model).values():
+        if isinstance(module, SCAPExpertLayer):
+            module.prepare()
     sites = parameters.found_sites()
     named = [path for site in sites for path in site.layers if path not in found]
     found.update(find_modules(model, named, missing_is_error=False))
@@ -71,7 +77,7 @@ def mark_tied(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Tells `layers` of `model`, pruned or about to be, which of them share their weights with another module."""
     owners = Owners(model)
     for layer in layers:
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLinear | ExpertLayer):
             continue
         layer._scap_is_tied = owners[layer.weight] > 1  # type: ignore[assignment]
 
@@ -181,8 +187,12 @@ def find_modules(
         SCAPError: naming a path that the model does not have, if that is an error.
     """
     by_path: dict[str, list[nn.Module]] = {}
+    paths = list(paths)
+    thresholds: Experts = "each" if any(map(is_of_one_expert, paths)) else "shared"
     for path, module in saved_modules(unwrap(model)):
         by_path.setdefault(path, []).append(module)
+        for layer_path, layer in expert_layers(path, module, thresholds).items():
+            by_path.setdefault(layer_path, []).append(layer)
     # Without what DataParallel, torch.compile and PEFT put around it.
     bare = {path: path if path in by_path else module_path(path) for path in paths}
     names = match_paths(bare.values(), by_path)
@@ -205,6 +215,8 @@ def _attach(model: nn.Module, parameters: SCAPParameters) -> None:
 
 
 def _why_not_prunable(module: nn.Module) -> str | None:
+    if isinstance(module, ExpertLayer):
+        return None
     if is_linear(module) or is_quantized(module):
         return why_dense(module)
     return f"it is a {type(module).__name__}, not a fully connected layer with floating-point weights"

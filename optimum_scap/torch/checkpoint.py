@@ -48,6 +48,8 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    from .expert_layers import is_of_experts
+
     shapes: dict[str, tuple[Any, int, int]] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
@@ -63,10 +65,11 @@ def kernel_shapes(folder: Path) -> dict[Any, set[tuple[int, tuple[int, ...]]]]:
     if parameters.quantization_config is not None:
         return {}
     layers = parameters.layers
-    absent = [path for path in layers if path not in shapes]
+    absent = [path for path in layers if path not in shapes and not is_of_experts(path)]
     if absent:
         raise SCAPError(f"{folder}: the weights of layer {absent[0]} are missing")
-    for path in _conv1d_layers(folder, layers):  # which hold their weights the other way round
+    two_dimensional = [path for path in layers if not is_of_experts(path)]
+    for path in _conv1d_layers(folder, two_dimensional):  # which hold their weights the other way round
         dtype, in_features, out_features = shapes[path]
         shapes[path] = (dtype, out_features, in_features)
     for family in _families(parameters):
@@ -107,9 +110,13 @@ def integer_kernel_shapes(folder: Path) -> dict[tuple[int, int, Any], set[tuple[
 
 def _families(parameters: SCAPParameters) -> list[tuple[str, ...]]:
     """The pruned layers, those that run together in one."""
+    from .expert_layers import is_of_experts
+
     families = layers_in_one_block(parameters.found_sites(), parameters.layers)
     together = {path for family in families for path in family}
-    return [*families, *((path,) for path in parameters.layers if path not in together)]
+    families += [(path,) for path in parameters.layers if path not in together]
+    # Kernels for experts are not tuned.
+    return [family for family in families if not any(map(is_of_experts, family))]
 
 
 def _model_without_weights(folder: Path) -> Any:

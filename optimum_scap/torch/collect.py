@@ -17,7 +17,9 @@ from ..core.targets import Group
 from ..data.padding import Padding
 from ..data.samples import describe_sample, inputs_of
 from ..errors import SCAPError, first_line, raise_interruption_behind
-from .linear import prune, pruned_mask
+from .blocks.experts import observed
+from .expert_layers import ExpertLayer
+from .linear import is_pruned, prune, pruned_mask
 
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class ModelRun:
         layers: the layers to hook, by module path.
         hooks: what is called with what enters them.
         all_logits: compute the logits of all tokens, where the model could leave out most of them.
+        tokens: how many tokens each expert sees, by the id of its module; is added to.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class ModelRun:
         layers: Mapping[str, nn.Module],
         hooks: Mapping[str, Hook],
         all_logits: bool = False,
+        tokens: dict[int, list[int]] | None = None,
     ) -> None:
+        self._tokens = {} if tokens is None else tokens
         self._model = model
         self._layers = layers
         self._hooks = hooks
@@ -67,6 +72,8 @@ class ModelRun:
         self._stack.enter_context(torch.no_grad())
         # The code of torch.compile runs past new hooks.
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        dense = [layer for layer in self._layers.values() if isinstance(layer, ExpertLayer) and not is_pruned(layer)]
+        self._stack.enter_context(observed(dense, self._tokens))
         for path, hook in self._hooks.items():
             handle = self._layers[path].register_forward_pre_hook(hook, with_kwargs=True)
             self._stack.callback(handle.remove)
@@ -96,9 +103,17 @@ class ModelRun:
                 f"{first_line(error)}"
             ) from error
 
-    def without_padding(self, path: str, x: Tensor) -> Tensor:
-        """What enters the layer at `path`, as `[kept tokens, channels]` where there is padding."""
-        return x if self._padding is None else self._padding.remove_from(path, x)
+    def without_padding(self, path: str, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """What enters the layer at `path`, as `[kept tokens, channels]` where there is padding.
+
+        Args:
+            path: the layer.
+            x: its input.
+            tokens: which of the model's tokens each row belongs to, where the rows are others, as those of experts.
+        """
+        if self._padding is None:
+            return x
+        return self._padding.remove_from(path, x) if tokens is None else self._padding.remove_rows(path, x, tokens)
 
     def _call(self, inputs: dict[str, Any] | list[Any]) -> None:
         device = _input_device(self._model)
@@ -153,13 +168,14 @@ class TorchCollector(Collector):
         layers: Mapping[str, nn.Module],
         groups: Sequence[Group],
         scales: "Mapping[str, NDArray[np.float32]]",
+        tokens: dict[int, list[int]] | None = None,
     ) -> None:
         self._criteria: Mapping[str, Criterion] = {}
         self._scales = scales
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
         self._visit: Visit | None = None
         hooks = {path: self._hook(group, path) for group in groups for path in group.layers}
-        self._run = ModelRun(model, layers, hooks, _reads_head(model, [layers[path] for path in hooks]))
+        self._run = ModelRun(model, layers, hooks, _reads_head(model, [layers[path] for path in hooks]), tokens)
 
     def __enter__(self) -> "TorchCollector":
         self._run.__enter__()
@@ -180,7 +196,7 @@ class TorchCollector(Collector):
             x = input_of(args, kwargs)
             assert self._visit is not None  # set before every forward
             if path == group.key:
-                self._visit(group.key, self._run.without_padding(path, x))
+                self._visit(group.key, self._run.without_padding(path, x, tokens_of(args)))
             criterion = self._criteria[group.key]
             if criterion is KEEP_ALL:
                 return None
@@ -218,7 +234,7 @@ class TorchCounter(Counter):
 
     def _hook(self, path: str) -> Hook:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = self._run.without_padding(path, input_of(args, kwargs))
+            x = self._run.without_padding(path, input_of(args, kwargs), tokens_of(args))
             pruned = pruned_mask(x, module.scap_mode, module.scap_threshold, module.scap_scale)
             channels = max(1, x.shape[-1])
             assert self._add is not None  # set before every forward
@@ -245,10 +261,23 @@ class _Padding(Padding):
             self._indices[key] = torch.from_numpy(rows).to(x.device, non_blocking=True)
         return x.reshape(-1, x.shape[-1]).index_select(0, self._indices[key])
 
+    def remove_rows(self, path: str, x: Tensor, tokens: Tensor) -> Tensor:
+        """`[rows, channels]` as it enters the layer `path` of experts, without the rows of padding."""
+        mask = self._mask_for(path)
+        if mask is None:
+            return x
+        kept = torch.from_numpy(mask.reshape(-1)).to(x.device, non_blocking=True)
+        return x[kept[tokens]]
+
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The one argument that a fully connected layer is called with."""
     return next(iter((*args, *kwargs.values())))
+
+
+def tokens_of(args: tuple[Any, ...]) -> Tensor | None:
+    """What layers of experts are called with besides, see `ExpertLayer`."""
+    return args[1] if len(args) > 1 else None
 
 
 def _reads_head(model: Any, modules: Iterable[nn.Module]) -> bool:

@@ -11,6 +11,8 @@ from ..core.config import ApplyTo
 from ..core.criterion import Criterion
 from ..core.parameters import LayerParameters
 from ..errors import SCAPError
+from .blocks.experts import convert_experts
+from .expert_layers import ExpertLayer
 from .linear import VECTORS, SCAPLinear, SCAPQuantizedLinear, is_pruned, scap_conv1d_class
 from .prunable import in_features, is_fully_connected, out_features, why_dense
 from .quantized import QuantizedLinear
@@ -40,6 +42,9 @@ def convert(
     """
     if is_pruned(module):
         raise SCAPError("the layer is pruned already")
+    if isinstance(module, ExpertLayer):
+        convert_experts(module, parameters, apply_to)
+        return
     if not is_fully_connected(module):
         reason = why_dense(module) or "it is no fully connected layer"
         raise SCAPError(f"a {type(module).__name__} cannot be pruned: {reason}")

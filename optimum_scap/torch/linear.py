@@ -56,7 +56,11 @@ def prune(x: Tensor, mode: float, threshold: float, scale: Tensor | None = None)
     return torch.where(pruned, torch.full((), mode, dtype=x.dtype, device=x.device), x)
 
 
-class _PrunedInput:
+class Pruned:
+    """Marks what prunes its input."""
+
+
+class _PrunedInput(Pruned):
     """What SCAPLinear and SCAPConv1D share. The class of an existing layer becomes theirs, see `convert`.
 
     The weights keep their name, shape and order of dimensions. Where a kernel reads them they lie input-channel-major
@@ -248,7 +252,7 @@ class _PrunedInput:
     def _versions(self) -> tuple[int, ...]:
         """Changes whenever the weights or the bias are changed in place, as an optimizer does."""
         values = (*self._weight_tensors(), self.bias, self.scap_bias_correction)
-        return tuple(_version(value) for value in values if value is not None)
+        return tuple(version(value) for value in values if value is not None)
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module's; also folds the mode anew, for weights that were changed through `.data` (a merged LoRA)."""
@@ -280,7 +284,7 @@ class _PrunedInput:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         name = f"{prefix}weight"
         if self._scap_reordered and not keep_vars and name in destination:  # safetensors takes no other order
-            destination[name] = _contiguous(destination[name])
+            destination[name] = contiguous(destination[name])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -391,10 +395,11 @@ def run_together(layers: Sequence[nn.Module]) -> bool:
 
 def is_pruned(module: nn.Module) -> bool:
     """Whether `convert.convert` was called on `module`."""
-    return isinstance(module, _PrunedInput)
+    return isinstance(module, Pruned)
 
 
-def _version(value: Tensor) -> int:
+def version(value: Tensor) -> int:
+    """Changes whenever `value` is changed in place."""
     try:
         return value._version
     except RuntimeError:  # made in inference mode
@@ -406,7 +411,8 @@ def wants_input_major(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
-def _contiguous(weight: Tensor) -> Tensor:
+def contiguous(weight: Tensor) -> Tensor:
+    """A copy in the order of its dimensions, on the CPU where there is no room."""
     try:
         return weight.contiguous()
     except torch.OutOfMemoryError:  # all copies together may not fit beside the model

@@ -4,6 +4,7 @@ The weights are drawn wide, so that activations differ from token to token as th
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers as tf
@@ -105,15 +106,23 @@ def tiny_model(name: str, seed: int = 0) -> tf.PreTrainedModel:
     """The model called `name` with random float32 weights, in evaluation mode."""
     class_name, config, _ = CONFIGS[name]
     torch.manual_seed(seed)
-    model = getattr(tf, class_name)(config()).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.weight.normal_()
-            elif isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 2:
-                module.weight.normal_(std=2.0 / max(module.weight.shape) ** 0.5)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.normal_(std=0.1)
+    return randomize(getattr(tf, class_name)(config()).eval())
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> Any:
+    """`model` with weights drawn anew, wide, by the generator of torch."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.normal_()
+            continue
+        for value in module.parameters(recurse=False):
+            if value.dim() == 3 and not isinstance(module, nn.Conv1d):  # experts
+                value.normal_(std=2.0 / max(value.shape[1:]) ** 0.5)
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 2:
+            module.weight.normal_(std=2.0 / max(module.weight.shape) ** 0.5)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.normal_(std=0.1)
     return model
 
 

@@ -1,8 +1,7 @@
 """Blocks: modules whose layers run together. One file per kind, which says what it matches and how it is converted.
 
-A further kind (experts, Mamba's mixer) is a file with a class derived from `Block` and its entry in `_kinds`. Layers
-that a block does not hold as modules of their own (weights of three dimensions) are declared by its `layers` and
-`sites`; those of all other blocks are found by what the modules read.
+A further kind is a file with a class derived from `Block` and its entry in `kinds`. Which layers read one input is
+found by what the modules read. Experts, which hold no layers as modules of their own, are in `experts`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ...core.config import DenseLayers
-from ...core.sites import Layer, Site, layers_in_one_block, sites_by_name
+from ...core.sites import Site, layers_in_one_block, sites_by_name
 from .base import Block
 
 
@@ -76,16 +75,3 @@ def has_replaced_dense_layers(model: nn.Module) -> bool:
     from .dense import DenseLinear
 
     return any(isinstance(module, DenseLinear) for module in model.modules())
-
-
-def block_layers(model: nn.Module) -> tuple[dict[str, Layer], list[Site]]:
-    """The layers and sites that only their block knows of."""
-    layers: dict[str, Layer] = {}
-    sites: list[Site] = []
-    for path, module in model.named_modules():
-        for kind in kinds():
-            found = kind.layers(path, module)
-            if found:
-                layers.update({layer.path: layer for site in found for layer in site})
-                sites += [Site(tuple(layer.path for layer in site)) for site in found]
-    return layers, sites

@@ -1,11 +1,8 @@
 """What a kind of block has to say."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 from torch import nn
-
-from ...core.sites import Layer
 
 
 class Block(ABC):
@@ -18,7 +15,3 @@ class Block(ABC):
     @abstractmethod
     def convert(self, block: nn.Module, names: tuple[str, ...]) -> None:
         """Changes the class of `block`, which matches, so that those children run together."""
-
-    def layers(self, path: str, module: nn.Module) -> Sequence[Sequence[Layer]]:
-        """The layers that `module` holds but not as modules of their own, site by site; () for most kinds."""
-        return ()

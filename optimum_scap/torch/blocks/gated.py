@@ -73,7 +73,7 @@ class _GatedForward:
         if type(gate) not in TOGETHER or type(up) is not type(gate):
             return super().forward(x)  # type: ignore[misc]
         way = way_of(x, gate, up)
-        if way is Way.PRUNED and _is_plain(gate) and _is_plain(up):
+        if way is Way.PRUNED and is_plain(gate) and is_plain(up):
             return self._forward_many(x, gate, up, layers[formula.down])
         if way is not Way.SPARSE:
             return super().forward(x)  # type: ignore[misc]
@@ -114,10 +114,10 @@ class _GatedForward:
 
 def _zeroes_small_values(down: Any, hidden: Tensor) -> bool:
     """Whether all that `down` does with `hidden` is to multiply what is left when small values become zeros."""
-    return type(down) in TOGETHER and _is_plain(down) and down.prunes_to_zero(hidden) and not down.runs_dense(hidden)
+    return type(down) in TOGETHER and is_plain(down) and down.prunes_to_zero(hidden) and not down.runs_dense(hidden)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` does nothing but its forward: no hooks, and no forward of accelerate's."""
     return not layer._forward_pre_hooks and not layer._forward_hooks and "forward" not in layer.__dict__
 
@@ -179,14 +179,15 @@ def _activation_of(block: nn.Module, node: Any) -> str | None:
     if not isinstance(node, fx.Node) or len(node.args) != 1:
         return None
     if node.op == "call_module":
-        return _activation_name(block.get_submodule(str(node.target))) if not node.kwargs else None
+        return activation_name(block.get_submodule(str(node.target))) if not node.kwargs else None
     if node.target is F.gelu:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(node.kwargs.get("approximate", "none")))
     functions: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
     return functions.get(node.target) if node.op == "call_function" else None
 
 
-def _activation_name(function: Any) -> str | None:
+def activation_name(function: Any) -> str | None:
+    """The name that `kernels.ACTIVATIONS` has for a function or a module; None if it has none."""
     if isinstance(function, nn.GELU):
         return "gelu" if function.approximate == "none" else "gelu_tanh"
     names = {

@@ -17,6 +17,7 @@ from .reference import ACTIVATIONS
 __all__ = [
     "ACTIVATIONS",
     "linear_group",
+    "sparse_experts",
     "sparse_feed_forward",
     "sparse_gated_linear",
     "sparse_linear",
@@ -122,6 +123,32 @@ def sparse_gated_linear(
         gate_scale,
         up_scale,
         activation,
+    )
+
+
+def sparse_experts(
+    x: Tensor,
+    chosen: Tensor,
+    routing: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    thresholds: Tensor,
+    modes: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """A mixture of experts for a few tokens, see `reference.sparse_experts`.
+
+    Raises:
+        ValueError: on an unknown activation; on a GPU, if the weights do not lie input-channel-major or `x` has more
+            than 8 rows.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}, choose from {', '.join(ACTIVATIONS)}")
+    return library.sparse_experts(
+        x, chosen, routing, gate_up, down, gate_up_bias, down_bias, thresholds, modes, activation
     )
 
 

@@ -6,6 +6,7 @@ Weights are passed as the tensors of a format of `torch.weights` and the name of
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,15 +25,16 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register_operation(
-    name: str, signature: str, twin: Callable[..., Any], shapes: Callable[..., Any]
+    name: str, signature: str, twin: Callable[..., Any], shapes: Callable[..., Any], module: str = "launch"
 ) -> Callable[..., Any]:
     """Registers `optimum_scap::name` and returns it.
 
     Args:
-        name: of the operation, of its twin, and of the function in `launch` that computes it on a GPU.
+        name: of the operation, of its twin, and of the function that computes it on a GPU.
         signature: arguments and results in the schema language of torch.library.
         twin: computes it in plain torch, on any device without a kernel.
         shapes: computes outputs of the right shape and type, for tracing.
+        module: where the function is, if not in `launch`.
     """
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
@@ -40,9 +42,8 @@ def register_operation(
     def on_gpu(*args: Any) -> Any:
         if not triton_is_there():
             return twin(*args)
-        from . import launch  # which imports Triton
-
-        return getattr(launch, name)(*args)
+        kernels = import_module(f"{__package__}.{module}")  # which imports Triton
+        return getattr(kernels, name)(*args)
 
     qualified = f"{NAMESPACE}::{name}"
     _library.impl(name, twin, "CompositeExplicitAutograd")
@@ -113,4 +114,12 @@ integer_linear = register_operation(
     "(Tensor x, Tensor[] weights, str format, Tensor? bias) -> Tensor",
     reference.integer_linear,
     _like_one,
+)
+sparse_experts = register_operation(
+    "sparse_experts",
+    "(Tensor x, Tensor chosen, Tensor routing, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor thresholds, Tensor modes, str activation) -> Tensor",
+    reference.sparse_experts,
+    lambda x, *_: torch.empty_like(x),
+    "launch_experts",
 )

@@ -144,3 +144,50 @@ def integer_linear(x: Tensor, weights: Sequence[Tensor], format: str, bias: Tens
     weight_format = find_format(format)
     assert isinstance(weight_format, PackedFormat)
     return weight_format.multiply_by_blocks(x, weights, bias)
+
+
+def sparse_experts(
+    x: Tensor,
+    chosen: Tensor,
+    routing: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    thresholds: Tensor,
+    modes: Tensor,
+    activation: str,
+) -> Tensor:
+    """A mixture of experts, each down(activation(gate(x)) * up(x)), all layers sparse.
+
+    Args:
+        x: `[rows, hidden]`, up to 8 rows.
+        chosen: `[rows, k]`, the experts of each row; a number that no expert has adds nothing.
+        routing: `[rows, k]`, what their outputs are multiplied by.
+        gate_up: `[experts, 2 * intermediate, hidden]`, the rows of gate before those of up; on a GPU
+            input-channel-major in memory: strides (any, 1, >= 2 * intermediate).
+        down: `[experts, hidden, intermediate]`, likewise.
+        gate_up_bias, down_bias: `[experts, outputs]`, with the folded modes in them, or None.
+        thresholds, modes: t and m of the formula, `[3, experts]`, float32: of gate, up and down.
+        activation: one of ACTIVATIONS.
+
+    Returns:
+        `[rows, hidden]` of the type of `x`; what enters `down` is rounded to it, sums are not.
+    """
+    half = gate_up.shape[1] // 2
+    criteria = list(zip(thresholds.t().tolist(), modes.t().tolist(), strict=True))
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for row, experts in enumerate(chosen.tolist()):
+        for place, expert in enumerate(experts):
+            if not 0 <= expert < len(criteria):
+                continue
+            (gate_t, up_t, down_t), (gate_m, up_m, down_m) = criteria[expert]
+            gate_b, up_b = (None, None) if gate_up_bias is None else gate_up_bias[expert].split(half)
+            down_b = None if down_bias is None else down_bias[expert]
+            gate_weight, up_weight = gate_up[expert].split(half)
+            gate = _sparse_linear_float32(x[row], [gate_weight], "dense", gate_b, gate_t, gate_m, None)
+            up = _sparse_linear_float32(x[row], [up_weight], "dense", up_b, up_t, up_m, None)
+            hidden = (ACTIVATIONS[activation](gate) * up).to(x.dtype)
+            value = _sparse_linear_float32(hidden, [down[expert]], "dense", down_b, down_t, down_m, None)
+            out[row] += routing[row, place].float() * value
+    return out.to(x.dtype)
