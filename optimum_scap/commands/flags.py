@@ -173,13 +173,12 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         config = SCAPConfig.from_spec(
             args.scap, mode=args.scap_mode, **{name: value for name, value in fields.items() if value is not None}
         )
-        if not config.learn:
-            for flag in _given(args):
-                if flag.startswith("--scap-learn-"):
-                    raise SCAPError(f"{flag} needs --scap-learn or --scap-preset, which say what to learn")
-        return config
     except SCAPError as error:
         raise SCAPError(f"--scap: {error}") from error
+    for flag in () if config.learn else _given(args):
+        if flag.startswith("--scap-learn-"):
+            raise SCAPError(f"{flag} needs --scap-learn or --scap-preset, which say what to learn")
+    return config
 
 
 def check_scap_is_given(args: Namespace) -> None:

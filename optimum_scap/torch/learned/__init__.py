@@ -68,7 +68,7 @@ def check_can_learn(
         if not is_linear(module) or not module._parameters.get("weight", None).is_floating_point():  # type: ignore[union-attr]
             raise SCAPError(
                 f"gains are folded into floating-point weights, and those of layer {printable(path)} are quantized: "
-                f"{instead}, or start from the model before it was quantized"
+                f"{instead}, or start from the float model, without --weight-format"
             )
         if owners[module.weight] > 1:
             raise SCAPError(
