@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 RATES: Mapping[Part, float] = {"thresholds": 0.02, "biases": 3e-3, "gains": 3e-3}
 _BETAS = (0.9, 0.98)
 # How often the held-out text is looked at, and after how many looks without progress learning stops.
-_LOOKS = 10
-_PATIENCE = 4
+_LOOKS = 12
+_PATIENCE = 6
 
 
 @dataclass
