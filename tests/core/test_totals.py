@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_calibration import LINE, Numbers
 
 from optimum_scap import SCAPConfig, SCAPError, Target
 from optimum_scap.core.calibration import Calibration
@@ -14,7 +15,6 @@ from optimum_scap.core.sites import Layer, Layers, Site
 from optimum_scap.core.statistics import ActivationStatistics
 from optimum_scap.core.targets import Group
 from optimum_scap.core.totals import at_total, group_weights, spread, weighted_total, with_sparsities
-from test_calibration import LINE, Numbers
 
 
 def statistics_of(values: Any) -> ActivationStatistics:
