@@ -70,6 +70,7 @@ def main() -> None:
     command.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     command.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    command.add_argument("--texts", nargs="+", choices=EVALUATION, default=list(EVALUATION), help="to evaluate on")
     command.add_argument("--steps", type=int, default=600)
     command.add_argument("--tokens-per-step", type=int, default=4096)
     command.add_argument("--learn-tokens", type=int, default=LEARNED, help="of the text to learn from, that are used")
@@ -120,6 +121,7 @@ def _source(name: str) -> str:
 def measure(arguments: argparse.Namespace) -> None:
     tokens = {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in load_file(arguments.tokens).items()}
     samples = _windows(tokens["learn"][: arguments.learn_tokens])
+    tokens = {name: tokens[name] for name in ("boolq", *arguments.texts)}
     dense = _perplexities(_load(arguments), tokens)
     print("dense", json.dumps(dense), flush=True)
     rows = []
@@ -172,7 +174,7 @@ def _row(
         "seed": seed,
         "sparsity": realized.overall,
         "by_role": realized.by_role,
-        **{name: found[name] / dense[name] - 1 for name in EVALUATION},
+        **{name: found[name] / dense[name] - 1 for name in dense},
         "seconds": seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if arguments.device != "cpu" else None,
     }
@@ -194,7 +196,7 @@ def _windows(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 def _perplexities(model: Any, tokens: dict[str, torch.Tensor]) -> dict[str, float]:
     """exp of the mean negative log-likelihood over the predicted tokens of each evaluation text."""
     found = {}
-    for name in EVALUATION:
+    for name in tokens:
         losses = []
         for sample in _windows(tokens[name]):
             ids = sample["input_ids"].to(model.device)
@@ -205,9 +207,10 @@ def _perplexities(model: Any, tokens: dict[str, torch.Tensor]) -> dict[str, floa
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("setting", "method", "seeds", "sparsity", "BoolQ", "HellaSwag", "Python", "s", title="Perplexity")
+    texts = [name for name in EVALUATION if name in rows[0]]
+    table = Table("setting", "method", "seeds", "sparsity", *texts, "s", title="Change of perplexity")
     for (setting, method), group in _grouped(rows):
-        values = [_range([100 * row[name] for row in group]) for name in EVALUATION]
+        values = [_range([100 * row[name] for row in group]) for name in texts]
         sparsity = f"{100 * statistics.fmean(row['sparsity'] for row in group):.1f} %"
         seconds = f"{statistics.fmean(row['seconds'] for row in group):.0f}"
         table.add_row(setting, method, str(len(group)), sparsity, *values, seconds)

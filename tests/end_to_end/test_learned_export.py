@@ -96,9 +96,7 @@ def test_a_checkpoint_with_all_parts_learned(tiny: Path, tmp_path: Path) -> None
         (("--scap-preset", "quality", "--weight-format", "int8"), "without --weight-format"),
     ],
 )
-def test_what_does_not_fit_together_is_one_line(
-    tiny: Path, tmp_path: Path, flags: tuple[str, ...], message: str
-) -> None:
+def test_what_does_not_fit_is_one_line(tiny: Path, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
     data = ("--scap-dataset", tiny / "text.txt", "--scap-num-samples", "4", "--scap-seq-len", "32")
     result = optimum_cli_in_process("export", "torch", "-m", tiny / "hf", *SPEC, *flags, *data, tmp_path / "out")
     assert result.returncode == 1 and message in result.stderr

@@ -15,7 +15,7 @@ from ...core.criterion import Criterion
 from ...core.targets import Group
 from ..collect import input_of
 from ..prunable import in_features, out_features
-from .pruning import prune_learned, sparsity_and_slope
+from .pruning import Measured, prune_learned
 
 
 # Stands for a threshold of zero, which has no logarithm.
@@ -89,9 +89,9 @@ class LearnedLayers:
             if not self.sparse:
                 return dense(*args, **kwargs)
             x, log_threshold, scale = input_of(args, kwargs), self.log_thresholds[key], self._scales.get(key)
-            if self.measured is not None and path == key:
-                self.measured.add(key, x, log_threshold, mode, scale)
-            output = dense(prune_learned(x, log_threshold, mode, scale, self.gains.get(path)))
+            # Layers of a group count once.
+            measured = (self.measured, key) if self.measured is not None and path == key else None
+            output = dense(prune_learned(x, log_threshold, mode, scale, self.gains.get(path), measured))
             bias = self.biases.get(path)
             return output if bias is None else output + bias.to(output.dtype)
 
@@ -105,31 +105,6 @@ class LearnedLayers:
             moved = np.float32(math.exp(logarithm.item()))
             criteria[key] = Criterion(old.mode, moved if logarithm.requires_grad else old.threshold, old.scale)
         return Learned(criteria, _arrays(self.biases), _arrays(self.gains))
-
-
-class Measured:
-    """The sparsity of every group over the tokens of a step, and its slope with respect to the log threshold."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-
-    @torch.no_grad()
-    def add(self, key: str, x: Tensor, log_threshold: Tensor, mode: float, scale: Tensor | None) -> None:
-        """Adds what enters the group: `[..., in_features]`."""
-        tokens = x.numel() // x.shape[-1]
-        sparsity, slope = (tokens * value for value in sparsity_and_slope(x.detach(), log_threshold, mode, scale))
-        if key in self._sums:
-            other, other_slope, count = self._sums[key]
-            sparsity, slope, tokens = sparsity + other, slope + other_slope, tokens + count
-        self._sums[key] = (sparsity, slope, tokens)
-
-    def sparsities(self) -> dict[str, float]:
-        """By group key; of groups that a token reached."""
-        return {key: float(value) / tokens for key, (value, _, tokens) in self._sums.items()}
-
-    def slopes(self) -> dict[str, Tensor]:
-        """By group key, where the group is."""
-        return {key: slope / tokens for key, (_, slope, tokens) in self._sums.items()}
 
 
 @contextmanager

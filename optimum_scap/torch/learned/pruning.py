@@ -18,8 +18,43 @@ from torch import Tensor
 WIDTH = 0.15
 
 
+class Measured:
+    """The sparsity of every group over the tokens of a step, and its slope with respect to the log threshold.
+
+    The latter is known when gradients are: both come of the same numbers.
+    """
+
+    def __init__(self) -> None:
+        self._pruned: dict[str, tuple[Tensor, int]] = {}
+        self._slopes: dict[str, Tensor] = {}
+
+    def add(self, key: str, pruned: Tensor) -> None:
+        """Adds which elements of `[..., in_features]` that enter a group are pruned."""
+        count, elements = pruned.sum(), pruned.numel()
+        if key in self._pruned:
+            count, elements = self._pruned[key][0] + count, self._pruned[key][1] + elements
+        self._pruned[key] = (count, elements)
+
+    def add_slope(self, key: str, slope: Tensor) -> None:
+        """Adds the sum of the slopes of all elements of a call."""
+        self._slopes[key] = self._slopes[key] + slope if key in self._slopes else slope
+
+    def sparsities(self) -> dict[str, float]:
+        """By group key; of groups that a token reached."""
+        return {key: float(count) / elements for key, (count, elements) in self._pruned.items()}
+
+    def slopes(self) -> dict[str, Tensor]:
+        """By group key, where the group is; of thresholds that took gradients."""
+        return {key: slope / self._pruned[key][1] for key, slope in self._slopes.items()}
+
+
 def prune_learned(
-    x: Tensor, log_threshold: Tensor, mode: float, scale: Tensor | None = None, gain: Tensor | None = None
+    x: Tensor,
+    log_threshold: Tensor,
+    mode: float,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
+    measured: tuple[Measured, str] | None = None,
 ) -> Tensor:
     """`x` `[..., in_features]` pruned, and multiplied by the gains.
 
@@ -29,57 +64,62 @@ def prune_learned(
         mode: what a pruned activation stands for.
         scale: of the criterion, float32 `[in_features]`, or None.
         gain: float32 `[in_features]`, or None.
+        measured: where to add the sparsity, and under which key.
     """
-    pruned: Tensor = _Prune.apply(x, log_threshold, mode, scale, gain)
+    pruned: Tensor = _Prune.apply(x, log_threshold, mode, scale, gain, measured)
     return pruned
-
-
-def sparsity_and_slope(
-    x: Tensor, log_threshold: Tensor, mode: float, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The fraction of `x` that is pruned, and its slope with respect to the log threshold: two float32 scalars."""
-    ratio = _ratio(x, log_threshold, mode, scale)
-    return (ratio <= 1).float().mean(), (ratio * _slope(ratio)).mean()
 
 
 class _Prune(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, log_threshold: Tensor, mode: float, scale: Tensor | None, gain: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        log_threshold: Tensor,
+        mode: float,
+        scale: Tensor | None,
+        gain: Tensor | None,
+        measured: tuple[Measured, str] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, log_threshold, scale, gain)
-        ctx.mode = mode
-        kept = _kept(x, _ratio(x, log_threshold, mode, scale), mode)
-        return kept if gain is None else kept * gain.to(x.dtype)
+        ctx.mode, ctx.measured = mode, measured
+        pruned = _ratio(x, log_threshold, mode, scale) <= 1
+        if measured is not None:
+            measured[0].add(measured[1], pruned)
+        kept = x.masked_fill(pruned, mode)
+        return kept if gain is None else kept.mul_(gain.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, log_threshold, scale, gain = ctx.saved_tensors
         (gradient,) = gradients
         ratio = _ratio(x, log_threshold, ctx.mode, scale)
+        pruned = ratio <= 1
         of_gain = of_threshold = of_x = None
         if gain is not None:
-            product = gradient.float() * _kept(x, ratio, ctx.mode)
+            product = x.masked_fill(pruned, ctx.mode).float().mul_(gradient)
             of_gain = product.reshape(-1, x.shape[-1]).sum(dim=0)
             gradient = gradient * gain.to(gradient.dtype)
         if ctx.needs_input_grad[1]:
-            of_threshold = -(gradient.float() * (x.float() - ctx.mode) * ratio * _slope(ratio)).sum()
+            slopes = _slope(ratio).mul_(ratio)
+            if ctx.measured is not None:
+                ctx.measured[0].add_slope(ctx.measured[1], slopes.sum())
+            slopes.mul_(x - ctx.mode if ctx.mode else x)
+            of_threshold = -torch.dot(slopes.view(-1), gradient.reshape(-1).float())
         if ctx.needs_input_grad[0]:
-            of_x = torch.where(ratio <= 1, torch.zeros((), dtype=gradient.dtype, device=x.device), gradient)
-        return of_x, of_threshold, None, None, of_gain
+            of_x = gradient.masked_fill(pruned, 0)
+        return of_x, of_threshold, None, None, of_gain, None
 
 
 def _ratio(x: Tensor, log_threshold: Tensor, mode: float, scale: Tensor | None) -> Tensor:
     """How many thresholds every element is away from the mode; what is at most one is pruned, NaN is not."""
-    distance = (x.float() - mode).abs() if mode else x.float().abs()
-    return (distance if scale is None else distance * scale) * torch.exp(-log_threshold)
-
-
-def _kept(x: Tensor, ratio: Tensor, mode: float) -> Tensor:
-    return torch.where(ratio <= 1, torch.full((), mode, dtype=x.dtype, device=x.device), x)
+    distance = (x.float() - mode).abs_() if mode else x.float().abs()
+    if scale is not None:
+        distance.mul_(scale)
+    return distance.mul_(torch.exp(-log_threshold))
 
 
 def _slope(ratio: Tensor) -> Tensor:
     """S'(r - 1)."""
-    sigmoid = torch.sigmoid((ratio - 1) / WIDTH)
-    return sigmoid * (1 - sigmoid) / WIDTH
+    sigmoid = torch.mul(ratio, 1 / WIDTH).sub_(1 / WIDTH).sigmoid_()
+    return sigmoid.sub_(sigmoid * sigmoid).div_(WIDTH)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ...core.totals import weighted_total
-from .layers import Measured
+from .pruning import Measured
 
 
 STIFFNESS = 40.0

@@ -14,15 +14,16 @@ from ...core.backend import Learned
 from ...core.config import Part, SCAPConfig
 from ...errors import SCAPError
 from ...progress import ProgressBar
-from .layers import LearnedLayers, Measured
+from .layers import LearnedLayers
 from .objective import Objective
+from .pruning import Measured
 from .total import Total
 from .windows import batches, draw_steps
 
 
 logger = logging.getLogger(__name__)
 
-# Peaks of the one-cycle schedule: absolute for gains and log thresholds, in units of a layer's outputs for biases.
+# Peaks of the one-cycle schedule.
 RATES: Mapping[Part, float] = {"thresholds": 0.02, "biases": 3e-3, "gains": 3e-3}
 _BETAS = (0.9, 0.98)
 # How often the held-out text is looked at, and after how many looks without progress learning stops.

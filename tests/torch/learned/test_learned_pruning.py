@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from optimum_scap.core.criterion import Criterion
-from optimum_scap.torch.learned.pruning import WIDTH, prune_learned, sparsity_and_slope
+from optimum_scap.torch.learned.pruning import WIDTH, Measured, prune_learned
 
 
 X = torch.tensor([[0.5, 1.2, -2.0, -0.9], [1.05, 0.0, 0.3, 3.0]])
@@ -46,8 +46,12 @@ def test_values_and_gradients(mode: float, scale: list[float] | None, gain: list
 def test_sparsity_and_its_slope() -> None:
     """On many even values the slope is that of the fraction itself: of |x| uniform in [0, 2], t / 2."""
     x = torch.linspace(-2, 2, 40001)[None]
-    sparsity, found = sparsity_and_slope(x, torch.tensor(0.0), 0.0)
-    assert float(sparsity) == pytest.approx(0.5, abs=1e-3) and float(found) == pytest.approx(0.5, abs=5e-3)
+    measured, threshold = Measured(), torch.tensor(0.0, requires_grad=True)
+    for _ in range(2):
+        prune_learned(x, threshold, 0.0, measured=(measured, "a")).sum().backward()
+    prune_learned(torch.tensor([[0.5, 3.0, 4.0, 5.0]]), threshold.detach(), 0.0, measured=(measured, "b"))
+    assert measured.sparsities() == {"a": pytest.approx(0.5, abs=1e-3), "b": 0.25}
+    assert measured.slopes().keys() == {"a"} and float(measured.slopes()["a"]) == pytest.approx(0.5, abs=5e-3)
 
 
 def test_nan_is_kept_and_half_precision_stays() -> None:
