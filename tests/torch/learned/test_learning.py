@@ -37,11 +37,11 @@ def text(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(3, VOCAB, (1, 48), generator=generator)} for _ in range(count)]
 
 
-LEARNED_FROM, UNSEEN = text(64, 1), text(12, 2)
+LEARNED_FROM, UNSEEN = text(48, 1), text(12, 2)
 
 
 def config(*learn: Any, **fields: Any) -> SCAPConfig:
-    options = {"learn_steps": 30, "learn_tokens": 384, "num_samples": 32, **fields}
+    options = {"learn_steps": 20, "learn_tokens": 384, "num_samples": 16, **fields}
     return SCAPConfig(targets=TARGETS, learn=learn, **options)
 
 
@@ -57,14 +57,14 @@ def realized(model: nn.Module) -> float:
     """The share of the weights of pruned layers that is skipped on the text that thresholds are calibrated on."""
     layers = pruned_layers(model)
     weights = {path: in_features(layer) * out_features(layer) for path, layer in layers.items()}
-    skipped = measure_sparsity(model, LEARNED_FROM[:32])
+    skipped = measure_sparsity(model, LEARNED_FROM[:16])
     return sum(skipped[path] * weights[path] for path in weights) / sum(weights.values())
 
 
 @pytest.fixture(scope="module")
 def published() -> float:
     model = leaning_model()
-    sparsify_activations(model, config(), LEARNED_FROM[:32])
+    sparsify_activations(model, config(), LEARNED_FROM[:16])
     return divergence(leaning_model(), model)
 
 
@@ -74,7 +74,7 @@ def test_each_part_brings_the_model_nearer_to_the_dense_one_on_unseen_text(learn
     sparsify_activations(model, config(*learn), LEARNED_FROM)
     assert divergence(leaning_model(), model) < 0.97 * published
     assert realized(model) == pytest.approx((2 * 0.35 + 0.55) / 3, abs=0.01)
-    skipped = measure_sparsity(model, LEARNED_FROM[:32])
+    skipped = measure_sparsity(model, LEARNED_FROM[:16])
     for path, layer in pruned_layers(model).items():
         assert skipped[path] == pytest.approx(layer.scap_parameters.target_sparsity, abs=0.01), path
         assert ("thresholds" in learn) == (layer.scap_parameters.target_sparsity not in TARGETS.values())
@@ -155,11 +155,11 @@ def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_keeps_the_best_that_was_found(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, published: float
 ) -> None:
-    interrupted_at(20, monkeypatch)
+    interrupted_at(16, monkeypatch)
     model = leaning_model()
     with caplog.at_level(logging.WARNING):
         sparsify_activations(model, config("thresholds", "biases"), LEARNED_FROM)
-    assert "interrupted at step 19 of 30" in caplog.text and "kept" in caplog.text
+    assert "interrupted at step 15 of 20" in caplog.text and "kept" in caplog.text
     assert divergence(leaning_model(), model) < published
     assert realized(model) == pytest.approx((2 * 0.35 + 0.55) / 3, abs=0.01)
 
@@ -180,7 +180,7 @@ def test_text_without_gain_changes_nothing(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr("optimum_scap.torch.learned.training.RATES", {"biases": 30.0})
     model, plain = leaning_model(), leaning_model()
     sparsify_activations(model, config("biases", learn_steps=10), LEARNED_FROM)
-    sparsify_activations(plain, config(), LEARNED_FROM[:32])
+    sparsify_activations(plain, config(), LEARNED_FROM[:16])
     assert "gained nothing" in caplog.text
     assert divergence(plain, model) < 1e-4
 

@@ -28,9 +28,9 @@ def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_thresholds_and_biases() -> None:
     dense, plain, model = (quantized_model() for _ in range(3))
     before = stored(model)
-    sparsify_activations(plain, SCAPConfig(targets=TARGETS), LEARNED_FROM[:32])
+    sparsify_activations(plain, SCAPConfig(targets=TARGETS), LEARNED_FROM[:16])
     learned = SCAPConfig(
-        targets=TARGETS, learn=("thresholds", "biases"), learn_steps=15, learn_tokens=384, num_samples=32
+        targets=TARGETS, learn=("thresholds", "biases"), learn_steps=15, learn_tokens=384, num_samples=16
     )
     sparsify_activations(model, learned, LEARNED_FROM)
     assert {type(layer) for layer in pruned_layers(model).values()} == {SCAPQuantizedLinear}
