@@ -1,12 +1,15 @@
 """Learned calibration by one command, and its checkpoint in fresh processes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import optimum_cli, optimum_cli_in_process
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,22 +35,14 @@ with torch.no_grad():
 
 # What a machine with a GPU may have: nothing of what is blocked here.
 BARE = """
-import sys
+import runpy, sys
 for name in ("optimum", "openvino", "nncf", "datasets", "pyarrow", "accelerate", "lm_eval", "peft"):
     sys.modules[name] = None
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from optimum_scap import SCAPConfig, sparsify_activations
-from optimum_scap.evaluation.sparsity import realized_by_torch
-sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-samples = [{"input_ids": torch.randint(3, 64, (1, 32))} for _ in range(8)]
-config = SCAPConfig(
-    targets={"up": 0.4, "down": 0.4}, learn=("thresholds", "biases", "gains"), learn_steps=2, learn_tokens=64
-)
-sparsify_activations(model, config, samples)
-print(realized_by_torch(model, samples).overall)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
+BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "learned_quality.py"
 
 
 def run(script: str, *arguments: str | Path) -> str:
@@ -104,8 +99,24 @@ def test_what_does_not_fit_is_one_line(tiny: Path, tmp_path: Path, flags: tuple[
     assert not (tmp_path / "out").exists()
 
 
-def test_learning_needs_neither_optimum_nor_openvino_nor_datasets() -> None:
-    assert float(run(BARE)) == pytest.approx(0.4, abs=0.02)
+def test_the_benchmark_needs_neither_optimum_nor_openvino_nor_datasets(tiny: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = {"learn": 4096, "boolq": 1024, "hellaswag": 1024, "python": 1024}
+    tokens = {name: rng.integers(3, 1000, count, dtype=np.int32) for name, count in texts.items()}
+    save_file(tokens, tmp_path / "tokens.safetensors")
+    short = ("--steps", "2", "--tokens-per-step", "512", "--num-samples", "2", "--seeds", "0", "1")
+    what = ("--settings", "FFN 42 %", "--methods", "published", "thresholds, biases, gains")
+    output = tmp_path / "out.json"
+    run(BARE, BENCHMARK, "measure", tiny / "hf", tmp_path / "tokens.safetensors", *what, *short, "--json", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("published", 0),
+        ("thresholds, biases, gains", 0),
+        ("thresholds, biases, gains", 1),
+    ]
+    for row in rows:
+        assert row["sparsity"] == pytest.approx((2 * 0.35 + 0.55) / 3, abs=0.01)
+        assert all(abs(row[name]) < 0.5 for name in ("boolq", "hellaswag", "python"))
 
 
 @pytest.mark.slow
