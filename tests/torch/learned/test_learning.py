@@ -187,8 +187,8 @@ def test_text_without_gain_changes_nothing(monkeypatch: pytest.MonkeyPatch, capl
 
 def test_checkpointing_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for free in (2**40, 0):
-        monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: free)
+    for needed in (False, True):
+        monkeypatch.setattr(memory, "_needs_checkpoints", lambda model, tokens, needed=needed: needed)
         model = leaning_model()
         sparsify_activations(model, config("thresholds", "biases", "gains", learn_steps=4), LEARNED_FROM[:16])
         found.append({key: value.clone() for key, value in model.state_dict().items()})
