@@ -29,6 +29,10 @@ class ProgressBar:
     def advance(self) -> None:
         self._progress.advance(self._task)
 
+    def describe(self, description: str) -> None:
+        """What is done, or how far it has come."""
+        self._progress.update(self._task, description=description)
+
     def lengthen(self, steps: int | None) -> None:
         """It takes so many steps more than was expected."""
         total = self._progress.tasks[0].total

@@ -102,6 +102,10 @@ def _samples(
 
         # Behind wrappers and adapters is the model that knows its config and how to write text.
         inner = unwrap(_uncompiled(model))
+        if config.learn:
+            # What thresholds are calibrated on is the first part of it.
+            more = max(config.num_samples, config.learn_samples)
+            config = config.model_copy(update={"num_samples": more})
         return {"model": build_samples(inner, config, dataset, tokenizer, trust_remote_code)}
     if _is_optimum_model(model):
         from .openvino.dataset import build_samples as build_openvino_samples

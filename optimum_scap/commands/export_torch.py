@@ -8,7 +8,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from ..core.config import SCAPConfig
 from ..errors import SCAPError
 from .errors import errors_for_humans
-from .flags import add_scap_flags, what_to_apply
+from .flags import add_learning_flags, add_scap_flags, what_to_apply
 from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 
@@ -47,7 +47,7 @@ class TorchExportCommand(BaseOptimumCLICommand):
             help="Input channels that share a scale of int4; -1 for one scale per output channel. Default: 128.",
         )
         parser.add_argument("--sym", action="store_true", help="Quantize symmetrically, without zero points.")
-        add_scap_flags(parser, required=True)
+        add_learning_flags(add_scap_flags(parser, required=True))
 
     def run(self) -> None:
         args = self.args

@@ -3,9 +3,10 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..core.config import ESTIMATORS, EXPERTS, ApplyTo, DenseLayers, SCAPConfig, shortened
+from ..core.config import ESTIMATORS, EXPERTS, PARTS, ApplyTo, DenseLayers, SCAPConfig, shortened
 from ..core.parameter_files import load_parameters
 from ..core.parameters import SCAPParameters
+from ..core.presets import PRESETS, preset_fields
 from ..core.roles import ROLES
 from ..errors import SCAPError
 
@@ -106,6 +107,45 @@ def add_scap_flags(parser: ArgumentParser, required: bool) -> _ArgumentGroup:
     return group
 
 
+def add_learning_flags(group: _ArgumentGroup) -> None:
+    """Adds the flags of learned calibration to those that `add_scap_flags` made."""
+    fields = SCAPConfig.model_fields
+    group.add_argument(
+        "--scap-preset",
+        choices=PRESETS,
+        help=(
+            "published: the method of the paper, nothing is learned. balanced: thresholds and biases are learned "
+            "against the logits of the dense model, for weights of any format. quality: longer, and gains as well, "
+            "folded into floating-point weights. Default: published."
+        ),
+    )
+    group.add_argument(
+        "--scap-total",
+        metavar="SPARSITY",
+        type=float,
+        help=(
+            "The sparsity of all layers to prune together, weighted by their weights; --scap then says how it is "
+            "distributed at first. Default: what --scap says."
+        ),
+    )
+    group.add_argument(
+        "--scap-learn",
+        metavar="PARTS",
+        help=f"What is learned, in place of what the preset says: a comma-separated list of {', '.join(PARTS)}.",
+    )
+    for name, what in (
+        ("steps", "Steps of learning"),
+        ("samples", "Samples to learn from"),
+        ("tokens", "Tokens per step"),
+    ):
+        group.add_argument(
+            f"--scap-learn-{name}",
+            metavar="N",
+            type=int,
+            help=f"{what}. Default: what the preset says, else {fields[f'learn_{name}'].default}.",
+        )
+
+
 def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
     """The SCAPConfig that the flags describe, or the parameters in the file that --scap-parameters names.
 
@@ -130,7 +170,15 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
     Raises:
         SCAPError: naming the flag or the field that is wrong.
     """
+    preset = getattr(args, "scap_preset", None)
+    learning = ("learn", "learn_steps", "learn_samples", "learn_tokens")
+    learned = {name: getattr(args, f"scap_{name}", None) for name in learning}
+    if learned["learn"] is not None:
+        learned["learn"] = tuple(part.strip() for part in learned["learn"].split(","))
     fields: dict[str, Any] = {
+        **(preset_fields(preset) if preset else {}),
+        **{name: value for name, value in learned.items() if value is not None},
+        "total": getattr(args, "scap_total", None),
         "dataset": args.scap_dataset,
         "num_samples": args.scap_num_samples,
         "seq_len": args.scap_seq_len,
@@ -141,11 +189,15 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
         "dense_layers": args.scap_dense_layers,
     }
     try:
-        return SCAPConfig.from_spec(
+        config = SCAPConfig.from_spec(
             args.scap, mode=args.scap_mode, **{name: value for name, value in fields.items() if value is not None}
         )
     except SCAPError as error:
         raise SCAPError(f"--scap: {error}") from error
+    for flag in () if config.learn else _given(args):
+        if flag.startswith("--scap-learn-"):
+            raise SCAPError(f"{flag} needs --scap-learn or --scap-preset, which say what to learn")
+    return config
 
 
 def _roles_by_pattern(given: list[str] | None) -> dict[str, str] | None:

@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import SCAPError, printable
 from ..progress import length, run_over
+from .config import SCAPConfig
 from .criterion import Criterion
 from .measuring import SkippedChannels
 from .parameters import SCAPParameters
@@ -24,6 +27,21 @@ if TYPE_CHECKING:
 Visit = Callable[[str, Any], None]
 # add(module path, sum over tokens of the fraction of channels skipped, number of tokens)
 Add = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a model learned beside its thresholds.
+
+    Args:
+        criteria: the learned ones, by group key; their total is near the one that was asked for.
+        biases: what is added to a layer's output, float32 `[out_features]`, by module path.
+        gains: what kept channels are multiplied by, float32 `[in_features]`, by module path.
+    """
+
+    criteria: Mapping[str, Criterion]
+    biases: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
+    gains: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
 
 
 class Backend(ABC):
@@ -66,6 +84,47 @@ class Backend(ABC):
     @abstractmethod
     def counter(self) -> "Counter | None":
         """What counts skipped channels in a sparse model; None if the model is dense."""
+
+    def check_can_learn(self, config: SCAPConfig, paths: Iterable[str]) -> None:
+        """Checks that what `config` says can be learned by the layers at `paths`.
+
+        Raises:
+            SCAPError: otherwise, saying what to do.
+        """
+        raise SCAPError(
+            "thresholds, biases and gains are learned by PyTorch models: sparsify the model there, and apply the "
+            "parameters that were found to this one"
+        )
+
+    def learn(
+        self,
+        groups: Sequence[Group],
+        criteria: Mapping[str, Criterion],
+        weights: Mapping[str, int],
+        samples: Sequence[Any],
+        config: SCAPConfig,
+    ) -> Learned:
+        """Learns what `config` says against the dense model, at the total that `groups` ask for.
+
+        Args:
+            groups: what is pruned.
+            criteria: calibrated ones to start from, by group key.
+            weights: how many each group reads, by group key.
+            samples: model inputs, all that there are to learn from.
+            config: what to learn, and how long.
+
+        Raises:
+            SCAPError: if the model or the samples cannot be learned with.
+        """
+        raise NotImplementedError
+
+    def adjusted(self, learned: Learned) -> AbstractContextManager[None]:
+        """A context in which biases and gains are in force; criteria are not."""
+        raise NotImplementedError
+
+    def fold(self, learned: Learned) -> None:
+        """Folds the gains into the weights, for good."""
+        raise NotImplementedError
 
     def check_can_be_saved(self) -> None:  # noqa: B027  most can
         """Checks that the model could be saved with what a calibration finds.

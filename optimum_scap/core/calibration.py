@@ -7,22 +7,22 @@ How the statistics are read is `stream`'s business.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__
 from ..errors import SCAPError
-from ..progress import ProgressBar
-from .backend import Backend
-from .config import SCAPConfig, Target
+from ..progress import ProgressBar, length, run_over
+from .backend import Backend, Learned
+from .config import SCAPConfig
 from .criterion import Criterion
 from .parameters import LayerParameters, SCAPParameters
 from .sites import Layers, Site
 from .statistics import ActivationStatistics
 from .stream import MODE_PASSES, SETTLED, Stream
 from .targets import Group, choose_targets, is_excluded, make_groups, name_roles
+from .totals import at_total, group_weights, spread, weighted_total, with_sparsities
 from .unreached import names_of
 
 
@@ -57,6 +57,11 @@ class Calibration:
         self._targets = choose_targets(_all_layers(self._layers.values()), config)
         for backend in backends.values():
             backend.check_can_be_saved()
+        if config.learn:
+            for name, backend in backends.items():
+                backend.check_can_learn(
+                    config, [path for path in self._targets if path in self._layers[name].prunable]
+                )
 
     def run(
         self, samples: Mapping[str, Iterable[Any]], dataset: str, allocation: Allocation | None = None
@@ -75,19 +80,57 @@ class Calibration:
             SCAPError: if calibration is impossible.
         """
         found = {}
+        learned: dict[str, Learned] = {}
         for name, backend in self._backends.items():
             layers = self._layers[name]
             targets = {path: target for path, target in self._targets.items() if path in layers.prunable}
             if targets and name in samples:
                 sites = backend.find_sites(layers, samples[name])
-                groups = make_groups(sites, targets, layers.prunable)
-                groups, criteria = calibrate(backend, groups, samples[name], self._config.seed, layers, allocation)
+                groups = self._at_total(make_groups(sites, targets, layers.prunable), layers)
+                if self._config.learn:
+                    groups, criteria, learned[name] = self._learn(backend, groups, samples[name], layers, allocation)
+                else:
+                    groups, criteria = calibrate(backend, groups, samples[name], self._config.seed, layers, allocation)
                 found[name] = self._parameters(layers, sites, groups, criteria, dataset)
+                for path, bias in learned[name].biases.items() if name in learned else ():
+                    found[name] = found[name].with_tensor(path, "bias_correction", bias)
         if not found:
             raise SCAPError("the calibration dataset has no samples for any model that holds layers to prune")
         for name, parameters in found.items():
+            if name in learned:
+                self._backends[name].fold(learned[name])
             self._backends[name].apply(parameters)
         return SCAPParameters.merged(found.values())
+
+    def _at_total(self, groups: list[Group], layers: Layers) -> list[Group]:
+        """The groups with the total that is asked for, distributed as the targets are."""
+        if self._config.total is None:
+            return groups
+        sparsities = {group.key: group.target.sparsity for group in groups}
+        return with_sparsities(groups, spread(sparsities, group_weights(groups, layers), self._config.total))
+
+    def _learn(
+        self,
+        backend: Backend,
+        groups: Sequence[Group],
+        samples: Iterable[Any],
+        layers: Layers,
+        allocation: Allocation | None,
+    ) -> tuple[list[Group], dict[str, Criterion], Learned]:
+        """Calibrates, learns from there, and calibrates to the sparsities that were learned."""
+        config = self._config
+        all_samples = list(samples)
+        some = all_samples[: config.num_samples]
+        groups, criteria = calibrate(backend, groups, some, config.seed, layers, allocation)
+        weights = group_weights(groups, layers)
+        learned = backend.learn(groups, criteria, weights, all_samples, config)
+        with backend.adjusted(learned):
+            if "thresholds" in config.learn:
+                total = weighted_total({group.key: group.target.sparsity for group in groups}, weights)
+                statistics = _statistics(backend, groups, learned.criteria, some, config.seed)
+                groups = with_sparsities(groups, at_total(statistics, learned.criteria, weights, total))
+            groups, criteria = calibrate(backend, groups, some, config.seed)
+        return groups, criteria, learned
 
     def _parameters(
         self,
@@ -189,19 +232,33 @@ def _allocated(
     allocation: Allocation,
 ) -> list[Group]:
     assert layers is not None
-    shapes = layers.prunable
-    weights = {
-        group.key: sum(shapes[path].in_features * shapes[path].out_features for path in group.layers)
-        for group in groups
-    }
-    sparsities = allocation(groups, statistics, weights)
-    return [
-        replace(
-            group,
-            target=Target.model_validate({**group.target.model_dump(), "sparsity": float(sparsities[group.key])}),
+    return with_sparsities(groups, allocation(groups, statistics, group_weights(groups, layers)))
+
+
+def _statistics(
+    backend: Backend,
+    groups: Sequence[Group],
+    criteria: Mapping[str, Criterion],
+    samples: Iterable[Any],
+    seed: int,
+) -> dict[str, ActivationStatistics]:
+    """What enters each group while `criteria` are in force."""
+    scales = {key: criterion.scale for key, criterion in criteria.items() if criterion.scale is not None}
+    statistics = {
+        group.key: backend.statistics(
+            names_of(group.layers), seed, criteria[group.key].scale, criteria[group.key].mode
         )
         for group in groups
-    ]
+    }
+    with backend.collector(groups, scales) as collector:
+        collector.set(criteria)
+        run_over(
+            samples,
+            lambda sample: collector.run(sample, lambda key, activations: statistics[key].add(activations)),
+            length(samples),
+            "SCAP total",
+        )
+    return statistics
 
 
 def _all_layers(parts: Iterable[Layers]) -> Layers:

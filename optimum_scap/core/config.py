@@ -16,6 +16,7 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from ..errors import SCAPError, first_line, printable
@@ -30,6 +31,8 @@ ApplyTo = Literal["all", "decode"]
 DenseLayers = Literal["fast", "stock", "all"]
 Experts = Literal["shared", "each"]
 EXPERTS: tuple[Experts, ...] = get_args(Experts)
+Part = Literal["thresholds", "biases", "gains"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 # What marks a key of `targets` as a pattern on module paths, as in compressed-tensors.
 PATTERN = "re:"
@@ -101,6 +104,15 @@ class SCAPConfig(BaseModel):
             where pruning saves no time. Calibration prunes every forward either way.
         dense_layers: what becomes of layers that are not pruned: `fast` lets our runtimes run them with operations of
             ours where those are faster, but for layers that the patterns exclude; `all` these too; `stock` none.
+        total: the sparsity of all layers to prune together, weighted by their weights; the targets then say how it is
+            distributed at first. None takes the total of the targets.
+        learn: what is learned against the logits of the dense model, see `torch.learned`; nothing, as published, by
+            default. `thresholds` distributes the total over the layers; `biases` corrects the outputs of pruned
+            layers; `gains` scales what their kept channels contribute, folded into floating-point weights.
+        learn_steps: steps of learning, unless it stops early.
+        learn_samples: number of samples to learn from, of which a part is held out; thresholds are calibrated on the
+            first `num_samples` of them.
+        learn_tokens: tokens per step.
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field that is wrong.
@@ -119,6 +131,11 @@ class SCAPConfig(BaseModel):
     seed: Annotated[int, IsNumber, Field(ge=0, le=_LARGEST_SEED)] = 42
     apply_to: ApplyTo = "all"
     dense_layers: DenseLayers = "fast"
+    total: Annotated[float, IsNumber, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] | None = None
+    learn: tuple[Part, ...] = ()
+    learn_steps: Count = 300
+    learn_samples: Count = 512
+    learn_tokens: Count = 4096
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -163,11 +180,32 @@ class SCAPConfig(BaseModel):
             content.pop("roles", None)
         if content.get("experts") == "shared":
             del content["experts"]
+        if not self.learn:
+            for field in ("learn", "learn_steps", "learn_samples", "learn_tokens"):
+                content.pop(field, None)
+        if self.total is None:
+            content.pop("total", None)
         return content
 
     def role(self, path: str, known: Role | None) -> Role | None:
         """What the layer at `path` does: what `roles` say, else `known`."""
         return next((role for pattern, role in self.roles.items() if re.search(pattern, path)), known)
+
+    @field_validator("learn")
+    @classmethod
+    def _no_part_twice(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        if len(set(parts)) < len(parts):
+            raise ValueError("a part is given twice")
+        return tuple(part for part in PARTS if part in parts)
+
+    @model_validator(mode="after")
+    def _gains_are_in_the_weights(self) -> "SCAPConfig":
+        if "gains" in self.learn and self.apply_to == "decode":
+            raise ValueError(
+                "learn: gains are folded into the weights, which the dense forwards of apply_to decode read as well; "
+                "learn thresholds and biases"
+            )
+        return self
 
     def pattern_targets(self) -> dict[str, Target]:
         """The targets of module paths, by regular expression."""

@@ -204,6 +204,18 @@ class ActivationStatistics:
             pruned = criterion.prunes(values)
         return float(weights[pruned].sum() / weights.sum())
 
+    def distribution(self, criterion: Criterion) -> tuple["NDArray[np.float32]", "NDArray[np.float64]"]:
+        """What is compared with the threshold of `criterion`, sorted, and the fraction that is not above each."""
+        if self._scores is not None:
+            scores, weights = self._scores.weighted_values()
+        else:
+            values, weights = self._sketch.weighted_values()
+            scores = criterion.scores(values)
+            order = np.argsort(scores, kind="stable")
+            scores, weights = scores[order], weights[order]
+        cumulative = np.cumsum(weights)
+        return scores, cumulative / cumulative[-1]
+
     def _check_finite(self, largest: float) -> None:
         if not np.isfinite(largest):
             raise SCAPError(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..core import backend as core
-from ..core.config import Experts
+from ..core.config import Experts, SCAPConfig
+from ..core.criterion import Criterion
 from ..core.parameters import SCAPParameters
 from ..core.roles import find_role
 from ..core.sites import Layer, Layers, Site
@@ -20,6 +22,7 @@ from .apply import apply_parameters, check_is_dense, pruned_layers, read_paramet
 from .blocks.experts import describe, expert_layers
 from .collect import TorchCollector, TorchCounter, find_sites
 from .expert_layers import ExpertLayer, is_experts
+from .learned import adjusted, check_can_learn, fold_gains, learn
 from .prunable import in_features, is_fully_connected, is_linear, is_quantized, out_features, weights_of, why_dense
 from .readers.nncf import mark_layers
 from .saving import check_can_be_saved
@@ -95,6 +98,25 @@ class TorchBackend(core.Backend):
 
     def collector(self, groups: Sequence[Group], scales: "Mapping[str, NDArray[np.float32]]") -> TorchCollector:
         return TorchCollector(self._model, self._modules, groups, scales, self._tokens)
+
+    def check_can_learn(self, config: SCAPConfig, paths: Iterable[str]) -> None:
+        check_can_learn(self._model, self._modules, config, paths)
+
+    def learn(
+        self,
+        groups: Sequence[Group],
+        criteria: Mapping[str, Criterion],
+        weights: Mapping[str, int],
+        samples: Sequence[Any],
+        config: SCAPConfig,
+    ) -> core.Learned:
+        return learn(self._model, self._modules, groups, criteria, weights, samples, config)
+
+    def adjusted(self, learned: core.Learned) -> AbstractContextManager[None]:
+        return adjusted(self._modules, learned)
+
+    def fold(self, learned: core.Learned) -> None:
+        fold_gains(self._modules, learned)
 
     def apply(self, parameters: SCAPParameters) -> None:
         self._warn_of_experts()

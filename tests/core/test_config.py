@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from optimum_scap import RoleTarget, SCAPConfig, SCAPError
 from optimum_scap.core.config import ESTIMATORS
+from optimum_scap.core.presets import PRESETS, Preset, preset_fields
 from optimum_scap.core.roles import ROLES
 
 
@@ -128,3 +129,42 @@ def test_long_specifications_are_not_recited(spec: str) -> None:
     with pytest.raises(SCAPError) as caught:
         SCAPConfig.from_spec(spec)
     assert len(str(caught.value)) < 1000
+
+
+def test_what_is_learned_is_part_of_the_config() -> None:
+    config = SCAPConfig.from_spec("0.5", total=0.45, learn=("biases", "thresholds"), learn_steps=40, learn_tokens=1024)
+    assert config.learn == ("thresholds", "biases")
+    assert SCAPConfig.model_validate_json(config.model_dump_json()) == config
+    assert SCAPConfig.from_spec("0.5").learn == () and SCAPConfig.from_spec("0.5").total is None
+
+
+def test_configs_of_earlier_versions_learn_nothing() -> None:
+    content = SCAPConfig.from_spec("0.5").model_dump()
+    for name in ("total", "learn", "learn_steps", "learn_samples", "learn_tokens"):
+        del content[name]
+    assert SCAPConfig.model_validate(content) == SCAPConfig.from_spec("0.5")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learn": ("weights",)}, "learn"),
+        ({"learn": ("biases", "biases")}, "learn: a part is given twice"),
+        ({"learn": ("gains",), "apply_to": "decode"}, "gains are folded into the weights"),
+        ({"total": 0.0}, "total"),
+        ({"total": 1.0}, "total"),
+        ({"total": True}, "total: Input should be a number"),
+        ({"learn_steps": 0}, "learn_steps"),
+    ],
+)
+def test_what_cannot_be_learned_is_named(fields: dict, message: str) -> None:
+    with pytest.raises(SCAPError, match=message):
+        SCAPConfig.from_spec("0.5", **fields)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_configs(preset: Preset) -> None:
+    config = SCAPConfig.from_spec("0.5", **preset_fields(preset))
+    expected = {"published": (), "balanced": ("thresholds", "biases"), "quality": ("thresholds", "biases", "gains")}
+    assert config.learn == expected[preset]
+    assert preset != "published" or config == SCAPConfig.from_spec("0.5")
