@@ -128,6 +128,8 @@ def source_config(model: nn.Module) -> dict[str, Any] | None:
     method = fields.get("quant_method")
     if method == QUANT_METHOD:
         return fields.get("quantization_config")
+    if getattr(method, "value", method) == "gguf" and "config_groups" not in fields:
+        return None  # newer transformers leave this on models whose GGUF weights they multiplied out
     reader = find_reader(fields)
     if reader is None:
         name = getattr(method, "value", method)

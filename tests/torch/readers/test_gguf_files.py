@@ -14,9 +14,10 @@ from gguf import GGMLQuantizationType
 from quantized_checkpoints import add_tokenizer, float_model
 from transformers import AutoModelForCausalLM
 
-from optimum_scap import SCAPError
+from optimum_scap import SCAPError, sparsify_activations
 from optimum_scap.core.config import SCAPConfig
 from optimum_scap.folders import export_checkpoint
+from optimum_scap.torch.backend import pruned_layers
 from optimum_scap.torch.linear import SCAPQuantizedLinear
 from optimum_scap.torch.readers.base import LayerShape
 from optimum_scap.torch.readers.gguf import EXACT_TYPES, convert_gguf, integers_of
@@ -160,3 +161,10 @@ def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
         patch.setattr(gguf.GGUFReader, "__init__", without_one)
         (tmp_path / "converted").mkdir()
         convert_gguf(file, tmp_path / "converted", torch.float32)
+
+
+def test_a_model_whose_weights_transformers_multiplied_out_is_a_float_model() -> None:
+    model = float_model()
+    model.config.quantization_config = {"quant_method": "gguf"}  # newer versions of transformers leave it there
+    sparsify_activations(model, SCAPConfig.from_spec("0.5"), [{"input_ids": torch.arange(3, 40)[None]}])
+    assert {type(module).__name__ for module in pruned_layers(model).values()} == {"SCAPLinear"}
