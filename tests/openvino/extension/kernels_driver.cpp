@@ -145,13 +145,13 @@ bool is_composition(const Layer& gate, const Layer& up, const Layer& down, int64
     for (int64_t first = 0; first < rows; first += 256) {  // as many rows as share what is pruned altogether
         const int64_t n = std::min<int64_t>(rows - first, 256);
         float* hu[] = {h.data(), u.data()};
-        sparse_linear(x.data() + first * in, n, t, {gate.weights, up.weights}, Precision::split, hu);
+        sparse_linear(x.data() + first * in, n, t, {gate.weights, up.weights}, Arithmetic{}, hu);
         apply_activation(Activation::silu, h.data(), u.data(), n * hidden);
         float* out = expected.data() + first * down.weights.out_features;
-        sparse_linear(h.data(), n, hidden_t, {down.weights}, Precision::split, &out);
+        sparse_linear(h.data(), n, hidden_t, {down.weights}, Arithmetic{}, &out);
     }
     sparse_ffn(x.data(), rows, t, hidden_t, Activation::silu, {gate.weights, up.weights, down.weights},
-               Precision::split, y.data());
+               Arithmetic{}, y.data());
     return y == expected;
 }
 
@@ -205,7 +205,7 @@ int run(uint32_t seed) {
             x.back() = INFINITY;
             for (const int64_t rows : {1, 3}) {
                 sparse_ffn(x.data() + (rows == 1 ? 2 * in : 0), rows, Threshold{0, 0.1f}, Threshold{0, 0.1f},
-                           Activation::silu, {a.weights, a.weights, down.weights}, Precision::split, y.data());
+                           Activation::silu, {a.weights, a.weights, down.weights}, Arithmetic{}, y.data());
             }
         }
     }
