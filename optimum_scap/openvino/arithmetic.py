@@ -14,7 +14,8 @@ _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _KEYS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", _GROUP_SIZE, "DEVICE_PROPERTIES")
 # Of activations, and what the operations take.
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
-# Wider than OpenVINO's own, 32: sums are scaled less often, and perplexity is the same, see docs/results.
+# Wider than OpenVINO's own, 32: sums are scaled less often, and a perplexity differs no more than between two runs that
+# round differently; examples/benchmarks/activation_groups.py measures it.
 DEFAULT_GROUP_SIZE = 128
 
 

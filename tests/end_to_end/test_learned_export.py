@@ -99,6 +99,7 @@ def test_what_does_not_fit_is_one_line(tiny: Path, tmp_path: Path, flags: tuple[
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_needs_neither_optimum_nor_openvino_nor_datasets(tiny: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = {"learn": 4096, "boolq": 1024, "hellaswag": 1024, "python": 1024}

@@ -87,7 +87,7 @@ def test_every_instruction_set(isa):
     sparsity=st.sampled_from((0.0, 0.5, 0.9)),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_bytes_that_hold_the_activations_are_exact(
     kind, in_features, out_features, group_size, activation_group_size, rows, sparsity, seed
 ):

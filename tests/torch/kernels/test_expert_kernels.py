@@ -88,8 +88,7 @@ def test_activations(implementation, activation: str) -> None:
     assert_close(implementation(*layers.arguments(*inputs, activation)), layers.wanted(*inputs, activation))
 
 
-@pytest.mark.parametrize("slices", [1, 3])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("slices", "rows"), [(1, 1), (3, 1), pytest.param(1, 4, marks=pytest.mark.slow), (3, 4)])
 def test_slices_and_odd_shapes(slices: int, rows: int) -> None:
     layers, inputs = problem(4, 19, 140, torch.float32, True), routed(rows, 2, 4, 19, torch.float32)
     configuration = LaunchConfiguration(1, 4, slices, 64)

@@ -68,7 +68,15 @@ def published() -> float:
     return divergence(leaning_model(), model)
 
 
-@pytest.mark.parametrize("learn", [("biases",), ("thresholds",), ("gains",), ("thresholds", "biases")])
+@pytest.mark.parametrize(
+    "learn",
+    [
+        pytest.param(("biases",), marks=pytest.mark.slow),
+        pytest.param(("thresholds",), marks=pytest.mark.slow),
+        ("gains",),
+        ("thresholds", "biases"),
+    ],
+)
 def test_each_part_brings_the_model_nearer_to_the_dense_one_on_unseen_text(learn: Any, published: float) -> None:
     model = leaning_model()
     sparsify_activations(model, config(*learn), LEARNED_FROM)
@@ -80,14 +88,16 @@ def test_each_part_brings_the_model_nearer_to_the_dense_one_on_unseen_text(learn
         assert ("thresholds" in learn) == (layer.scap_parameters.target_sparsity not in TARGETS.values())
 
 
-@pytest.mark.parametrize("total", [0.3, 0.6])
+@pytest.mark.parametrize("total", [0.3, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_the_total_that_is_asked_for_is_realized(total: float) -> None:
     model = leaning_model()
     sparsify_activations(model, config("thresholds", "biases", total=total), LEARNED_FROM)
     assert realized(model) == pytest.approx(total, abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "opt", "phi3"))]
+)
 def test_the_model_stays_as_it_was(name: str) -> None:
     model = leaning_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
