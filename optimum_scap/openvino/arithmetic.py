@@ -14,8 +14,8 @@ _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _KEYS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", _GROUP_SIZE, "DEVICE_PROPERTIES")
 # Of activations, and what the operations take.
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
-# Wider than OpenVINO's own, 32, since sums are scaled less often; examples/benchmarks/activation_groups.py measures what
-# it costs in perplexity.
+# Wider than OpenVINO's own, 32, since sums are scaled less often. What it costs in perplexity is measured by
+# examples/benchmarks/activation_groups.py.
 DEFAULT_GROUP_SIZE = 128
 
 
