@@ -69,19 +69,20 @@ def _inference_precision(config: dict[str, Any]) -> ov.Type:
     return _probe(config).get_property("INFERENCE_PRECISION_HINT")
 
 
-def _probe(config: dict[str, Any]) -> ov.CompiledModel:
-    """A model of one operation, which tells what OpenVINO makes of `config`: it knows many spellings."""
+def _probe(config: dict[str, Any], core: ov.Core | None = None) -> ov.CompiledModel:
+    """A model of one operation, which tells what OpenVINO makes of `config`: it knows many spellings.
+
+    `core` is optimum-intel's by default.
+    """
     x = opset.parameter([1], np.float32)
     model = ov.Model([opset.relu(x)], [x], "precision")
-    return modeling_base.core.compile_model(model, "CPU", config | {"CACHE_DIR": ""})
+    return (core or modeling_base.core).compile_model(model, "CPU", config | {"CACHE_DIR": ""})
 
 
 @lru_cache
 def _openvino_default() -> int:
     """A core that nobody has told anything."""
-    x = opset.parameter([1], np.float32)
-    compiled = ov.Core().compile_model(ov.Model([opset.relu(x)], [x], "default"), "CPU")
-    return int(compiled.get_property(_GROUP_SIZE))
+    return int(_probe({}, ov.Core()).get_property(_GROUP_SIZE))
 
 
 @lru_cache

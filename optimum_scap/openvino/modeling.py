@@ -139,7 +139,7 @@ def fused_clone(
     if not held and not is_sparse:
         return model
     precision = precision or preferred_precision(ov_config)
-    asked = _asked_of_operations(precision, ov_config)
+    asked = _asked_of_operations(precision, ov_config) if held else {}
     if any(node.get_attributes().get(name, "0") != value for node in held for name, value in asked.items()):
         model = model.clone()
         set_attributes(model, asked)
