@@ -29,7 +29,7 @@ from ..prunable import is_linear
 from ..wrappers import unwrap
 from .layers import LearnedLayers, adjusted, fold_gains
 from .memory import checkpointed
-from .objective import Objective, frozen, output_embeddings
+from .objective import Objective, frozen, head_of
 from .total import Total
 from .training import Training
 from .windows import split, token_sequences
@@ -56,8 +56,7 @@ def check_can_learn(
         SCAPError: saying what to learn instead.
     """
     inner: Any = unwrap(model)
-    if output_embeddings(inner) is None or getattr(inner.config, "is_encoder_decoder", False):
-        raise SCAPError(f"learning needs a causal language model of transformers, not a {type(inner).__name__}")
+    head_of(inner)
     if any(value.is_meta for value in (*inner.parameters(), *inner.buffers())):
         raise SCAPError("learning needs all weights in memory, and some are offloaded or not loaded")
     paths = list(paths)

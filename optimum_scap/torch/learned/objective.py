@@ -37,9 +37,7 @@ class Objective:
     def __init__(self, model: Any, layers: LearnedLayers) -> None:
         self._model = model
         self._layers = layers
-        self._head = output_embeddings(model)
-        if self._head is None or getattr(model.config, "is_encoder_decoder", False):
-            raise SCAPError(f"learning needs a causal language model of transformers, not a {type(model).__name__}")
+        self._head = head_of(model)
         self._device: torch.device = model.get_input_embeddings().weight.device
         on_gpu = self._device.type != "cpu"
         self.tokens_at_once = _TOKENS_ON_GPU if on_gpu else _TOKENS_ON_CPU
@@ -126,13 +124,19 @@ def _itself(logits: Tensor) -> Tensor:
     return logits
 
 
-def output_embeddings(model: Any) -> Any:
-    """What computes the logits of a model of transformers; None if there is no such layer."""
+def head_of(model: Any) -> Any:
+    """What computes the logits of a causal language model of transformers.
+
+    Raises:
+        SCAPError: if it is none.
+    """
     try:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
-        return None
-    return head if head is not None and hasattr(model, "base_model") else None
+        head = None
+    if head is None or not hasattr(model, "base_model") or getattr(model.config, "is_encoder_decoder", False):
+        raise SCAPError(f"learning needs a causal language model of transformers, not a {type(model).__name__}")
+    return head
 
 
 @contextmanager
