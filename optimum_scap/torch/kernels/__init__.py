@@ -58,7 +58,7 @@ def sparse_linear(
         ValueError: if `scale` is something else; on a GPU also if the weights do not lie input-channel-major or `x`
             has more than 8 rows.
     """
-    return library.sparse_linear(x, *_tensors(weight), bias, threshold, mode, scale)
+    return library.run(library.sparse_linear, x, *_tensors(weight), bias, threshold, mode, scale)
 
 
 def sparse_linear_group(
@@ -73,7 +73,7 @@ def sparse_linear_group(
     """Several sparse linear layers over one input in one go; arguments and errors as of `sparse_linear`."""
     if scales is None:
         scales = [None] * len(thresholds)
-    return library.sparse_linear_group(x, *_tensors(*weights), biases, thresholds, modes, scales)
+    return library.run(library.sparse_linear_group, x, *_tensors(*weights), biases, thresholds, modes, scales)
 
 
 def linear_group(x: Tensor, weights: Sequence[Tensor | Weights], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -82,7 +82,7 @@ def linear_group(x: Tensor, weights: Sequence[Tensor | Weights], biases: Sequenc
     Raises:
         ValueError: on a GPU, if the weights do not lie output-channel-major or `x` has more than one row.
     """
-    return library.linear_group(x, *_tensors(*weights), biases)
+    return library.run(library.linear_group, x, *_tensors(*weights), biases)
 
 
 def sparse_gated_linear(
@@ -109,7 +109,8 @@ def sparse_gated_linear(
         raise ValueError(f"unknown activation {activation!r}, choose from {', '.join(ACTIVATIONS)}")
     weights, format = _tensors(gate_weight, up_weight)
     half = len(weights) // 2
-    return library.sparse_gated_linear(
+    return library.run(
+        library.sparse_gated_linear,
         x,
         weights[:half],
         weights[half:],
@@ -147,8 +148,18 @@ def sparse_experts(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}, choose from {', '.join(ACTIVATIONS)}")
-    return library.sparse_experts(
-        x, chosen, routing, gate_up, down, gate_up_bias, down_bias, thresholds, modes, activation
+    return library.run(
+        library.sparse_experts,
+        x,
+        chosen,
+        routing,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        thresholds,
+        modes,
+        activation,
     )
 
 

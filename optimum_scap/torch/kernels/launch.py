@@ -1,13 +1,13 @@
 """Launches the Triton kernels: the operations of `library` on a GPU. What they compute stands in `reference`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..weights import find_format
+from ..weights import KernelArguments, find_format
 from ..weights.packed import PackedFormat
 from .branches import Branch, dense_branches, launches, outputs, row_of, rows_of, sparse_branches
 from .configurations import (
@@ -17,22 +17,21 @@ from .configurations import (
     dense_configuration_for,
     supports_early_launch,
 )
-from .fixed_point import MAX_CHANNELS
-from .linear import (
-    add_gated_partial_sums_kernel,
-    add_partial_sums_kernel,
-    dense_kernel,
-    dequantize_kernel,
-    partial_sums_kernel,
+from .plans import (
+    MAX_STEPS as MAX_STEPS,
 )
-from .load import FORMAT_FUNCTIONS
-from .memory import hold_instructions
-
-
-MAX_STEPS = 16
-SUM_WARPS = 4
-DEQUANTIZED_WORDS = 32
-DEQUANTIZED_CHANNELS = 32
+from .plans import (
+    SUM_WARPS as SUM_WARPS,
+)
+from .plans import (
+    Stored,
+    launch_options,
+    plan_dense,
+    plan_dequantization,
+    plan_gated_sums,
+    plan_sparse,
+    plan_sums,
+)
 
 
 def sparse_linear(
@@ -123,18 +122,10 @@ def sparse_gated_linear(
         configuration = configuration or _configuration(flat, branches, format)
         with _on_device(flat):
             partial = _partial_sums(flat, branches, format, configuration)
-            add_gated_partial_sums_kernel[(triton.cdiv(features, configuration.sum_block), flat.shape[0])](
-                partial,
-                partial.shape[0],
-                *_contiguous([gate_bias, up_bias]),
-                out,
-                features,
-                ACTIVATION=activation,
-                SLICES_CEIL=triton.next_power_of_2(partial.shape[0]),
-                BLOCK_N=configuration.sum_block,
-                num_warps=SUM_WARPS,
-                **_early_launch(x.device),
-            )
+            slices, rows, _ = partial.shape
+            launch = plan_gated_sums(x.device, slices, rows, features, configuration.sum_block, x.dtype, activation)
+            both = _contiguous([gate_bias, up_bias])
+            launch((*both, out), partial, slices, *both, out, features)
     return out.view(*x.shape[:-1], features)
 
 
@@ -143,42 +134,50 @@ def integer_linear(x: Tensor, weights: Sequence[Tensor], format: str, bias: Tens
     weight_format = find_format(format)
     assert isinstance(weight_format, PackedFormat)
     out_features, in_features = weight_format.shape(weights)
-    flat = x.reshape(-1, x.shape[-1])
-    if in_features != flat.shape[1]:
-        raise ValueError(f"weight of {in_features} input channels, input of {flat.shape[1]}")
+    if in_features != x.shape[-1]:
+        raise ValueError(f"weight of {in_features} input channels, input of {x.shape[-1]}")
     arguments = weight_format.kernel_arguments(weights, input_major=True)
-    out = x.new_empty((flat.shape[0], out_features))
+    flat = x.reshape(-1, in_features)
     blocks = list(weight_format.blocks(weights, x.dtype))
-    block = x.new_empty((in_features, max((end - begin for begin, end in blocks), default=0)))
     with _on_device(x):
-        for begin, end in blocks:
-            weight = block[:, : end - begin]
-            words = triton.cdiv(end - begin, arguments.columns_per_word)
-            dequantize_kernel[(triton.cdiv(words, DEQUANTIZED_WORDS), triton.cdiv(in_features, DEQUANTIZED_CHANNELS))](
-                arguments.tensors,
-                arguments.strides,
-                weight,
-                block.shape[1],
-                begin // arguments.columns_per_word,
-                end,
-                in_features,
-                out_features,
-                BLOCK_K=DEQUANTIZED_CHANNELS,
-                BLOCK_WORDS=DEQUANTIZED_WORDS,
-                UNPACK=FORMAT_FUNCTIONS[format].unpack,
-                LOAD_SCALES=FORMAT_FUNCTIONS[format].load_scales,
-                APPLY_SCALES=FORMAT_FUNCTIONS[format].apply_scales,
-                CONSTANTS=(*arguments.constants, True),
-                PARTS=arguments.columns_per_word,
-                WORDS_PER_TILE=arguments.words_per_tile,
-                GROUP_SIZE=arguments.group_size,
-                num_warps=4,
-            )
-            if bias is None:
-                torch.mm(flat, weight, out=out[:, begin:end])
-            else:
-                torch.addmm(bias[begin:end].to(x.dtype), flat, weight, out=out[:, begin:end])
+        if len(blocks) == 1:
+            weight = x.new_empty((in_features, out_features))
+            _dequantize(arguments, format, weight, out_features, *blocks[0])
+            out = _multiply(flat, weight, bias)
+        else:
+            out = x.new_empty((flat.shape[0], out_features))
+            memory = x.new_empty((in_features, max((end - begin for begin, end in blocks), default=0)))
+            for begin, end in blocks:
+                weight = memory[:, : end - begin]
+                _dequantize(arguments, format, weight, out_features, begin, end)
+                _multiply(flat, weight, None if bias is None else bias[begin:end], out[:, begin:end])
     return out.view(*x.shape[:-1], out_features)
+
+
+def _dequantize(
+    arguments: KernelArguments, format: str, weight: Tensor, out_features: int, begin: int, end: int
+) -> None:
+    """Writes the output channels from `begin` to `end` to `weight` `[in_features, end - begin]`."""
+    in_features = weight.shape[0]
+    stored = Stored.of([Branch(arguments, out_features)])
+    launch = plan_dequantization(weight.device, in_features, begin, end, weight.dtype, format, stored)
+    launch(
+        (*arguments.tensors, weight),
+        arguments.tensors,
+        arguments.strides,
+        weight,
+        weight.stride(0),
+        begin // arguments.columns_per_word,
+        end,
+        in_features,
+        out_features,
+    )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(bias.to(x.dtype), x, weight, out=out)
 
 
 def _configuration(x: Tensor, branches: Sequence[Branch], format: str) -> LaunchConfiguration:
@@ -211,93 +210,45 @@ def _partial_sums(
 ) -> Tensor:
     """Launches `partial_sums_kernel`; x is [rows, in_features], contiguous."""
     rows, in_features = x.shape
-    out_features = tuple(branch.out_features for branch in branches)
-    weights = branches[0].weights
-    block_n = configuration.block_n(weights.bits)
-    blocks = sum(triton.cdiv(features, block_n) for features in out_features)
-    slices = min(configuration.slices, in_features)
-    slice_size = triton.cdiv(in_features, slices)
-    list_size = triton.cdiv(slice_size + 2 * configuration.unroll, 16) * 16
-    programs = slices * blocks
-    fixed_point = (
-        rows == 1
-        and weights.group_size is not None
-        and torch.version.hip is None  # which has no instruction for it
-        and configuration.unroll % 4 == 0
-        and slice_size * weights.tensors[0].stride(0) < 1 << 31
-        and slice_size <= MAX_CHANNELS
-    )
-    list_dtype = torch.int16 if slice_size <= torch.iinfo(torch.int16).max else torch.int32
-    list_dtype = torch.int64 if fixed_point else list_dtype
-    lists = torch.empty(programs * list_size, dtype=list_dtype, device=x.device)
-    groups, group_ends = 0, None
-    if not _slices_lie_in_groups(in_features, slices, weights.group_size):
-        groups = (slice_size - 1) // weights.group_size + 2
-        group_ends = torch.empty(programs * groups, dtype=torch.int32, device=x.device)
-    partial = torch.empty((slices, rows, sum(out_features)), dtype=torch.float32, device=x.device)
-    lanes = 32 * configuration.num_warps
+    stored = Stored.of(branches)
+    plan = plan_sparse(x.device, rows, in_features, x.dtype, format, stored, configuration)
+    lists = torch.empty(plan.lists, dtype=plan.list_dtype, device=x.device)
+    group_ends = None
+    if plan.group_ends > 0:
+        group_ends = torch.empty(plan.group_ends, dtype=torch.int32, device=x.device)
+    partial = torch.empty((plan.slices, rows, plan.columns), dtype=torch.float32, device=x.device)
     # Where a branch without a scale points to.
     some_scale = next((branch.scale for branch in branches if branch.scale is not None), None)
-    nvidia = x.is_cuda and torch.version.hip is None
-    word_bytes = weights.tensors[0].element_size()
-    hold = hold_instructions(configuration.unroll, word_bytes, configuration.lane_bytes) if nvidia else None
-    partial_sums_kernel[(blocks, slices)](
+    scales = tuple([some_scale if branch.scale is None else branch.scale for branch in branches])
+    weights, strides = _weight_arguments(branches)
+    plan.launch(
+        (x, *(tensor for tensors in weights for tensor in tensors), *scales),
         x,
         in_features,
         lists,
-        list_size,
+        plan.list_size,
         group_ends,
-        groups,
-        *_weight_arguments(branches),
+        plan.groups,
+        weights,
+        strides,
         partial,
-        out_features,
-        tuple(branch.threshold for branch in branches),
-        tuple(branch.mode for branch in branches),
-        tuple(some_scale if branch.scale is None else branch.scale for branch in branches),
+        stored.out_features,
+        tuple([branch.threshold for branch in branches]),
+        tuple([branch.mode for branch in branches]),
+        scales,
         0,
-        ROWS=rows,
-        LANES=lanes,
-        STEPS=min(MAX_STEPS, triton.next_power_of_2(triton.cdiv(slice_size, lanes))),
-        BLOCK_N=block_n,
-        UNROLL=configuration.unroll,
-        WHOLE_BLOCKS=all(features % block_n == 0 for features in out_features),
-        FIXED_POINT=fixed_point,
-        SLICE_SIZE=slice_size if fixed_point else None,
-        HAS_SCALE=None if some_scale is None else tuple(branch.scale is not None for branch in branches),
-        HOLD=hold,
-        num_warps=configuration.num_warps,
-        PARTS=weights.columns_per_word,
-        WORDS_PER_TILE=weights.words_per_tile,
-        GROUP_SIZE=weights.group_size or in_features,
-        CONSTANTS=(*weights.constants, x.dtype == torch.float32),
-        **_format_functions(format),
-        **_early_launch(x.device),
     )
     return partial
-
-
-def _slices_lie_in_groups(in_features: int, slices: int, group_size: int | None) -> bool:
-    """Whether no slice holds channels of two groups."""
-    if group_size is None or group_size == in_features:
-        return True
-    return in_features % slices == 0 and group_size % (in_features // slices) == 0
 
 
 def _add_partial_sums(
     x: Tensor, partial: Tensor, biases: Sequence[Tensor | None], outs: Sequence[Tensor], sum_block: int
 ) -> None:
     slices, rows, _ = partial.shape
-    add_partial_sums_kernel[(sum(triton.cdiv(out.shape[1], sum_block) for out in outs), rows)](
-        partial,
-        slices,
-        _contiguous(biases),
-        tuple(outs),
-        tuple(out.shape[1] for out in outs),
-        SLICES_CEIL=triton.next_power_of_2(slices),
-        BLOCK_N=sum_block,
-        num_warps=SUM_WARPS,
-        **_early_launch(x.device),
-    )
+    out_features = tuple([out.shape[1] for out in outs])
+    launch = plan_sums(x.device, slices, rows, out_features, sum_block, x.dtype)
+    biases, outs = _contiguous(biases), tuple(outs)
+    launch((*biases, *outs), partial, slices, biases, outs, out_features)
 
 
 def _launch_dense(
@@ -307,21 +258,21 @@ def _launch_dense(
     outs: Sequence[Tensor],
     configuration: DenseConfiguration | None,
 ) -> None:
-    out_features = tuple(branch.out_features for branch in branches)
-    configuration = configuration or dense_configuration_for(x, sum(out_features))
-    block_n = configuration.block_n
+    stored = Stored.of(branches)
+    configuration = configuration or dense_configuration_for(x, sum(stored.out_features))
+    launch = plan_dense(x.device, x.shape[1], x.dtype, stored, configuration)
+    weights, strides = _weight_arguments(branches)
+    biases, outs = _contiguous(biases), tuple(outs)
     with _on_device(x):
-        dense_kernel[(sum(triton.cdiv(features, block_n) for features in out_features),)](
+        launch(
+            (x, *(tensor for tensors in weights for tensor in tensors), *biases, *outs),
             x,
             x.shape[1],
-            *_weight_arguments(branches),
-            _contiguous(biases),
-            tuple(outs),
-            out_features,
-            BLOCK_N=block_n,
-            BLOCK_K=configuration.block_k,
-            num_warps=configuration.num_warps,
-            **_early_launch(x.device),
+            weights,
+            strides,
+            biases,
+            outs,
+            stored.out_features,
         )
 
 
@@ -332,24 +283,17 @@ def _weight_arguments(branches: Sequence[Branch]) -> tuple[tuple[Any, ...], tupl
     return tuple(tensors), tuple(strides)
 
 
-def _format_functions(format: str) -> dict[str, Any]:
-    functions = FORMAT_FUNCTIONS[format]
-    return {
-        "READ": functions.read,
-        "UNPACK": functions.unpack,
-        "LOAD_SCALES": functions.load_scales,
-        "APPLY_SCALES": functions.apply_scales,
-    }
-
-
 def _contiguous(biases: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(None if bias is None else bias.contiguous() for bias in biases)
 
 
 def _early_launch(device: torch.device) -> dict[str, bool]:
-    return {"LAUNCH_EARLY": True, "launch_pdl": True} if supports_early_launch(device) else {"LAUNCH_EARLY": False}
+    early = supports_early_launch(device)
+    return {"LAUNCH_EARLY": early, **launch_options(early)}
 
 
-def _on_device(x: Tensor) -> torch.cuda.device:
-    # Triton launches on the current device. Index -1 changes nothing.
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    # Triton launches on the current device.
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

@@ -22,6 +22,8 @@ NAMESPACE = "optimum_scap"
 # Older ones compile neither tuples of tensors nor programmatic dependent launch as the kernels use them.
 MIN_TRITON = (3, 5)
 _library = torch.library.Library(NAMESPACE, "DEF")
+# What operations are on a GPU.
+_on_gpu: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def register_operation(
@@ -38,19 +40,49 @@ def register_operation(
     """
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
+    @cache
+    def kernel() -> Callable[..., Any]:
+        return getattr(import_module(f"{__package__}.{module}"), name)  # which imports Triton
+
     @wraps(twin)
     def on_gpu(*args: Any) -> Any:
-        if not triton_is_there():
-            return twin(*args)
-        kernels = import_module(f"{__package__}.{module}")  # which imports Triton
-        return getattr(kernels, name)(*args)
+        return kernel()(*args) if triton_is_there() else twin(*args)
 
     qualified = f"{NAMESPACE}::{name}"
     _library.impl(name, twin, "CompositeExplicitAutograd")
     _library.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(qualified, shapes, lib=_library)
     torch.library.register_autograd(qualified, _refuse_backward, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operation = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _on_gpu[operation] = on_gpu
+    return operation
+
+
+def run(operation: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """Calls an operation that `register_operation` returned; on a GPU without torch's dispatcher, if nobody listens.
+
+    The dispatcher calls what is registered in Python after 25 us, while the GPU waits.
+    """
+    if may_skip_dispatcher(x):
+        return _on_gpu[operation](x, *args)
+    return operation(x, *args)
+
+
+def may_skip_dispatcher(x: Tensor) -> bool:
+    """Whether an operation over `x` may be called as the plain function that it is.
+
+    Not if something records or changes operations: a compiler, a tracer, gradients, transformations of torch.func,
+    modes such as FakeTensorMode, subclasses of tensors.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and x.is_cuda
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    )
 
 
 @cache

@@ -107,9 +107,9 @@ class PackedFormat(WeightFormat[IntegerWeights]):
     def multiply(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         """See `WeightFormat.multiply`; never more than a block of the weights is held in another form."""
         if x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
-            from ..kernels.library import integer_linear
+            from ..kernels import library
 
-            return integer_linear(x, list(tensors), self.name, bias)
+            return library.run(library.integer_linear, x, list(tensors), self.name, bias)
         return self.multiply_by_blocks(x, tensors, bias)
 
     def multiply_by_blocks(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:

@@ -84,6 +84,43 @@ def test_gradients_are_refused_clearly() -> None:
         )
 
 
+@needs_gpu
+def test_the_dispatcher_is_left_out_only_where_nothing_else_listens() -> None:
+    x = torch.ones(1, 4, device=DEVICE)
+    assert not library.may_skip_dispatcher(x)  # gradients
+    with torch.no_grad():
+        assert library.may_skip_dispatcher(x)
+        assert not library.may_skip_dispatcher(x.cpu())
+        with torch._subclasses.FakeTensorMode() as mode:
+            assert not library.may_skip_dispatcher(mode.from_tensor(x))
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            assert not library.may_skip_dispatcher(x)
+        seen = []
+
+        def look(row: torch.Tensor) -> torch.Tensor:
+            seen.append(library.may_skip_dispatcher(row))
+            return row
+
+        torch.func.vmap(look)(x)
+        torch.jit.trace(look, (x,), check_trace=False)
+        torch.compile(look, fullgraph=False, backend="eager")(x)
+        assert not any(seen)
+
+
+@needs_gpu
+def test_direct_calls_compute_what_the_dispatcher_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    run, _ = feed_forward(generator, 64, 160, torch.float16)
+    with torch.no_grad():
+        for rows in (1, 3):
+            x = random_input(generator, rows, 64, torch.float16)
+            direct = [run(x), run(x + 0.0)]  # the second launch is planned
+            with monkeypatch.context() as patch:
+                patch.setattr(library, "may_skip_dispatcher", lambda _: False)
+                dispatched = run(x)
+            assert all(torch.equal(result, dispatched) for result in direct)
+
+
 def test_importing_the_operations_does_not_import_triton() -> None:
     code = (
         "import sys, torch, optimum_scap.torch.kernels as kernels\n"
