@@ -12,7 +12,7 @@ from .core.config import SCAPConfig
 from .core.parameters import SCAPParameters
 from .disk import check_space
 from .errors import SCAPError
-from .sparsify import sparsify_activations
+from .sparsify import find_parameters, sparsify_activations
 from .tasks import infer_task
 
 
@@ -47,6 +47,7 @@ def export_checkpoint(
     group_size: int | None = None,
     symmetric: bool = False,
     on_calibrated: Callable[[SCAPParameters], None] | None = None,
+    recalibrate: bool = False,
 ) -> None:
     """Loads a transformers model, sparsifies it, and writes the checkpoint with its tokenizer to `output`.
 
@@ -62,6 +63,7 @@ def export_checkpoint(
         weight_format, group_size, symmetric: how to quantize the weights of a float model first, see
             `torch.quantize.quantize_weights`; None leaves them as they are.
         on_calibrated: is given what the calibration found before anything is written.
+        recalibrate: see `sparsify_activations`.
 
     Raises:
         SCAPError: if the model cannot be loaded, sparsified or written. What would keep it from being written, and a
@@ -88,7 +90,9 @@ def export_checkpoint(
         check_space(output, bytes_to_save(loaded))
         with valid_generation_config(loaded) as changed:
             check_can_be_saved(loaded)
-            sparsify_activations(loaded, what, tokenizer=model, trust_remote_code=trust_remote_code)
+            sparsify_activations(
+                loaded, what, tokenizer=model, trust_remote_code=trust_remote_code, recalibrate=recalibrate
+            )
             found = read_parameters(loaded)
             if on_calibrated is not None and isinstance(what, SCAPConfig) and found is not None:
                 on_calibrated(found)
@@ -97,6 +101,53 @@ def export_checkpoint(
                 copy_preprocessors(model, output, trust_remote_code)
                 if changed:
                     keep_generation_config(model, output, options)
+
+
+def learn_parameters(
+    model: str,
+    output: Path,
+    config: SCAPConfig,
+    *,
+    task: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    options: dict[str, Any] | None = None,
+) -> SCAPParameters:
+    """Loads a transformers model and learns what `config` says. The model stays dense.
+
+    Args:
+        model: a folder or the id of a model on the hub.
+        output: an empty folder, to which the model is written if gains were learned: they are in its weights.
+        config: what to learn, and from what.
+        task: the optimum task; `auto` reads it from config.json.
+        device: `auto` (GPUs where there are any) or a torch device.
+        trust_remote_code: whether the model may bring code of its own.
+        options: further arguments for from_pretrained, such as revision or cache_dir.
+
+    Raises:
+        SCAPError: if the model cannot be loaded, learned from or written.
+    """
+    import torch
+
+    from .torch.checkpoint import copy_preprocessors, load_model
+    from .torch.saving import bytes_to_save, keep_generation_config, saving_to, valid_generation_config
+
+    options = {**(options or {}), "trust_remote_code": trust_remote_code}
+    # Few CPUs compute in 16 bits at any speed.
+    dtype = "auto" if torch.cuda.is_available() and not device.startswith("cpu") else "float32"
+    loaded = load_model(model, task, dtype, device, options)
+    with_gains = "gains" in config.learn
+    if with_gains:
+        check_space(output, bytes_to_save(loaded))
+    with valid_generation_config(loaded) as changed:
+        found = find_parameters(loaded, config, tokenizer=model, trust_remote_code=trust_remote_code)
+        if with_gains:
+            with saving_to(output):
+                loaded.save_pretrained(output)
+                copy_preprocessors(model, output, trust_remote_code)
+                if changed:
+                    keep_generation_config(model, output, options)
+    return found
 
 
 def sparsify_folder(
@@ -109,6 +160,7 @@ def sparsify_folder(
     trust_remote_code: bool = False,
     tokenizer: str | Path | None = None,
     on_calibrated: Callable[[SCAPParameters], None] | None = None,
+    recalibrate: bool = False,
 ) -> None:
     """Sparsifies the exported OpenVINO model in `source` and writes the whole folder to `output`.
 
@@ -121,6 +173,7 @@ def sparsify_folder(
         trust_remote_code: whether the model may bring code of its own.
         tokenizer: where to load the tokenizer from if the folder has none.
         on_calibrated: called with what calibration found before anything is written.
+        recalibrate: see `sparsify_activations`.
 
     Raises:
         SCAPError: if the model cannot be loaded, sparsified or written, or the disk has no space for it.
@@ -147,7 +200,9 @@ def sparsify_folder(
     model = load_optimum_model(source, task, library, trust_remote_code)
     has_tokenizer = (source / "tokenizer_config.json").exists() or (source / "tokenizer.json").exists()
     tokenizer = source if has_tokenizer or tokenizer is None else tokenizer
-    sparsify_activations(model, config, tokenizer=str(tokenizer), trust_remote_code=trust_remote_code)
+    sparsify_activations(
+        model, config, tokenizer=str(tokenizer), trust_remote_code=trust_remote_code, recalibrate=recalibrate
+    )
 
     changed: dict[str, Any] = {}
     found: list[SCAPParameters] = []

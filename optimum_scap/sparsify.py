@@ -9,6 +9,7 @@ from .core.backend import Backend, apply_parameters
 from .core.calibration import Allocation, Calibration
 from .core.config import Experts, SCAPConfig
 from .core.parameters import SCAPParameters
+from .core.recalibration import Recalibration
 from .errors import SCAPError
 
 
@@ -20,6 +21,7 @@ def sparsify_activations(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     allocation: Allocation | None = None,
+    recalibrate: bool = False,
 ) -> Any:
     """Applies Statistical Calibrated Activation Pruning (SCAP, arXiv 2412.07174) to a model, after training.
 
@@ -31,7 +33,7 @@ def sparsify_activations(
             `OVModel*`, with or without compressed weights. It is changed in place, and not at all if anything fails
             before calibration is complete.
         config: what to prune; a string is parsed by `SCAPConfig.from_spec`. SCAPParameters (`load_parameters`) are
-            applied as they are, without calibration and without a dataset.
+            applied as they are, without calibration and without a dataset, unless `recalibrate` is set.
         dataset: an iterable of model inputs (dicts or whatever else maps names to arrays, tensors or lists; inputs in
             order; single inputs), an `nncf.Dataset`, a DataLoader, or a `datasets.Dataset` of model inputs. But for an
             `openvino.Model`, which has no tokenizer, also strings, a `datasets.Dataset` with a column of text, the
@@ -42,6 +44,8 @@ def sparsify_activations(
         allocation: what redistributes the sparsity that the targets ask for among the layers: a function of the groups
             of layers that prune alike, the statistics of their inputs, and the weights that each group reads, which
             returns a sparsity per group (see `core.calibration.Allocation`).
+        recalibrate: whether the modes and thresholds of SCAPParameters are calibrated anew, on `dataset` or what they
+            were calibrated on; for weights that were quantized since. Targets, scales and bias corrections stay.
 
     Returns:
         `model`.
@@ -53,12 +57,22 @@ def sparsify_activations(
     """
     if isinstance(config, str):
         config = SCAPConfig.from_spec(config)
-    if isinstance(config, SCAPParameters) and dataset is not None:
-        raise SCAPError("SCAPParameters are applied without calibration: no dataset is needed")
+    if isinstance(config, SCAPParameters):
+        if dataset is not None and not recalibrate:
+            raise SCAPError("SCAPParameters are applied without calibration: no dataset is needed")
+    elif recalibrate:
+        raise SCAPError("recalibrate is for SCAPParameters: what a config says is calibrated in any case")
     backends = _backends(model, config.experts if isinstance(config, SCAPConfig) else "shared")
     try:
         if isinstance(config, SCAPParameters):
-            apply_parameters(backends, config)
+            if recalibrate:
+                recalibration = Recalibration(backends, config)
+                # Nothing is learned any more: no samples for that.
+                asked = config.config.model_copy(update={"learn": ()})
+                samples = _samples(model, asked, dataset, tokenizer, trust_remote_code)
+                recalibration.run(samples, _name_of(dataset, asked))
+            else:
+                apply_parameters(backends, config)
             return model
         calibration = Calibration(backends, config)
         samples = _samples(model, config, dataset, tokenizer, trust_remote_code)
@@ -67,6 +81,24 @@ def sparsify_activations(
         if _is_optimum_model(model):
             model.clear_requests()
     return model
+
+
+def find_parameters(
+    model: Any,
+    config: SCAPConfig,
+    dataset: Any = None,
+    *,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> SCAPParameters:
+    """What `sparsify_activations` would apply; the model stays dense. Gains that are learned are in its weights.
+
+    Args and errors as of `sparsify_activations`.
+    """
+    backends = _backends(model, config.experts)
+    calibration = Calibration(backends, config)
+    samples = _samples(model, config, dataset, tokenizer, trust_remote_code)
+    return calibration.run(samples, _name_of(dataset, config), apply=False)
 
 
 def _backends(model: Any, experts: Experts) -> Mapping[str, Backend]:

@@ -7,7 +7,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..core.config import SCAPConfig
 from .errors import errors_for_humans
-from .flags import add_scap_flags, what_to_apply
+from .flags import add_recalibration_flag, add_scap_flags, what_to_apply
 from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 
@@ -24,7 +24,7 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--trust-remote-code", action="store_true", help="Allow code that the model folder brings with it."
         )
-        add_scap_flags(parser, required=True)
+        add_recalibration_flag(add_scap_flags(parser, required=True))
 
     def run(self) -> None:
         args = self.args
@@ -40,6 +40,8 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
             check_folder(args.model)
             if isinstance(what, SCAPConfig):
                 check_dataset_name(what.dataset)
+            elif args.scap_recalibrate:
+                check_dataset_name(what.config.dataset)
             with parameters_kept(args, what) as keep, staged_output(args.output) as staging:
                 sparsify_folder(
                     args.model,
@@ -49,5 +51,6 @@ class SCAPApplyCommand(BaseOptimumCLICommand):
                     library=args.library,
                     trust_remote_code=args.trust_remote_code,
                     on_calibrated=keep,
+                    recalibrate=args.scap_recalibrate,
                 )
         print(f"SCAP model written to {args.output}")

@@ -2,16 +2,18 @@
 
 import json
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..core.config import SCAPConfig
 from ..core.parameter_files import checkpoint_parameters
+from ..core.parameters import SCAPParameters
 from ..errors import SCAPError
 from .errors import errors_for_humans
-from .flags import add_scap_flags, check_scap_is_given, what_to_apply
+from .flags import add_learning_flags, add_recalibration_flag, add_scap_flags, check_scap_is_given, what_to_apply
 from .kept import parameters_kept
-from .staging import check_output, check_output_is_not_model, staged_output
+from .staging import check_output, check_output_is_not_model, scratch_folder, staged_output
 
 
 # What --precision and --scap-fused-precision say, and what `fuse_folder` takes.
@@ -39,6 +41,8 @@ def extend_openvino_export() -> None:
     def parse_args_with_scap(parser: ArgumentParser) -> Any:
         parse_args(parser)
         group = add_scap_flags(parser, required=False)
+        add_learning_flags(group)
+        add_recalibration_flag(group)
         group.add_argument(
             "--scap-fused",
             action="store_true",
@@ -81,10 +85,16 @@ def _export_sparse(command: Any, export: Any) -> None:
 
         if isinstance(what, SCAPConfig):
             check_dataset_name(what.dataset)
+            _check_can_learn_for(what)
+        elif args.scap_recalibrate:
+            check_dataset_name(what.config.dataset)
         check_checkpoint(args.model)
         if args.task == "auto" and Path(args.model).is_dir():
             args.task = infer_task(args.model, args.trust_remote_code)
         with parameters_kept(args, what) as keep, staged_output(output) as staging:
+            recalibrate = args.scap_recalibrate
+            if isinstance(what, SCAPConfig) and what.learn:
+                what, recalibrate = _learn(args, what, scratch_folder(staging), keep), True
             args.output = staging
             export(command)
             sparsify_folder(
@@ -95,7 +105,8 @@ def _export_sparse(command: Any, export: Any) -> None:
                 library=args.library,
                 trust_remote_code=args.trust_remote_code,
                 tokenizer=args.model,
-                on_calibrated=keep,
+                on_calibrated=keep if isinstance(what, SCAPConfig) else None,
+                recalibrate=recalibrate,
             )
             precision = FUSED_PRECISIONS[args.scap_fused_precision or "default"]
             library = fuse_folder(staging, staging, precision) if args.scap_fused else None
@@ -103,6 +114,34 @@ def _export_sparse(command: Any, export: Any) -> None:
         print_fused(output, library)
     else:
         print(f"SCAP model written to {output}")
+
+
+def _learn(args: Any, config: SCAPConfig, folder: Path, keep: Callable[[SCAPParameters], None]) -> SCAPParameters:
+    """Learns with the PyTorch model, and has the export read the weights with the gains in them, from `folder`."""
+    from ..folders import learn_parameters
+
+    learned = learn_parameters(
+        args.model,
+        folder,
+        config,
+        task=args.task,
+        trust_remote_code=args.trust_remote_code,
+        options={} if args.cache_dir is None else {"cache_dir": args.cache_dir},
+    )
+    if "gains" in config.learn:
+        args.model = str(folder)
+    else:
+        keep(learned)  # any weights take them
+    return learned
+
+
+def _check_can_learn_for(config: SCAPConfig) -> None:
+    """Before anything is learned: whether an IR can take it."""
+    if "biases" in config.learn and config.apply_to == "decode":
+        raise SCAPError(
+            "learned biases belong to pruned tokens, and an OpenVINO model cannot add them to those alone: use "
+            "--scap-apply-to all, or --scap-learn thresholds"
+        )
 
 
 def _check_is_dense(model: str) -> None:

@@ -8,7 +8,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from ..core.config import SCAPConfig
 from ..errors import SCAPError
 from .errors import errors_for_humans
-from .flags import add_learning_flags, add_scap_flags, what_to_apply
+from .flags import add_learning_flags, add_recalibration_flag, add_scap_flags, what_to_apply
 from .kept import parameters_kept
 from .staging import check_output, check_output_is_not_model, staged_output
 
@@ -47,7 +47,9 @@ class TorchExportCommand(BaseOptimumCLICommand):
             help="Input channels that share a scale of int4; -1 for one scale per output channel. Default: 128.",
         )
         parser.add_argument("--sym", action="store_true", help="Quantize symmetrically, without zero points.")
-        add_learning_flags(add_scap_flags(parser, required=True))
+        group = add_scap_flags(parser, required=True)
+        add_learning_flags(group)
+        add_recalibration_flag(group)
 
     def run(self) -> None:
         args = self.args
@@ -64,6 +66,8 @@ class TorchExportCommand(BaseOptimumCLICommand):
 
             if isinstance(what, SCAPConfig):
                 check_dataset_name(what.dataset)
+            elif args.scap_recalibrate:
+                check_dataset_name(what.config.dataset)
             given = {"cache_dir": args.cache_dir, "revision": args.revision}
             with parameters_kept(args, what) as keep, staged_output(args.output) as staging:
                 export_checkpoint(
@@ -79,5 +83,6 @@ class TorchExportCommand(BaseOptimumCLICommand):
                     group_size=args.group_size,
                     symmetric=args.sym,
                     on_calibrated=keep,
+                    recalibrate=args.scap_recalibrate,
                 )
         print(f"SCAP model written to {args.output}")

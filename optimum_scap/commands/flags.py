@@ -3,7 +3,18 @@
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any, get_args
 
-from ..core.config import ESTIMATORS, EXPERTS, PARTS, ApplyTo, DenseLayers, SCAPConfig, shortened
+from pydantic import ValidationError
+
+from ..core.config import (
+    ESTIMATORS,
+    EXPERTS,
+    PARTS,
+    ApplyTo,
+    DenseLayers,
+    SCAPConfig,
+    describe_validation_error,
+    shortened,
+)
 from ..core.parameter_files import load_parameters
 from ..core.parameters import SCAPParameters
 from ..core.presets import PRESETS, preset_fields
@@ -146,6 +157,19 @@ def add_learning_flags(group: _ArgumentGroup) -> None:
         )
 
 
+def add_recalibration_flag(group: _ArgumentGroup) -> None:
+    """Adds --scap-recalibrate to the flags that `add_scap_flags` made."""
+    group.add_argument(
+        "--scap-recalibrate",
+        action="store_true",
+        help=(
+            "With --scap-parameters: calibrate their modes and thresholds anew on --scap-dataset, or on what they "
+            "were calibrated on, because the weights here are others (quantized, for one). Targets, scales and biases "
+            "stay."
+        ),
+    )
+
+
 def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
     """The SCAPConfig that the flags describe, or the parameters in the file that --scap-parameters names.
 
@@ -154,14 +178,37 @@ def what_to_apply(args: Namespace) -> SCAPConfig | SCAPParameters:
     """
     if getattr(args, "scap_parameters", None) is None:
         return config_from_flags(args)
+    recalibrate = getattr(args, "scap_recalibrate", False)
+    data = ("scap_dataset", "scap_num_samples", "scap_seq_len")
     check_no_flags(
         args,
-        "--scap-parameters, which calibrates nothing",
-        ("scap_parameters", "scap_apply_to", "scap_dense_layers", "scap_fused", "scap_fused_precision"),
+        "--scap-parameters, which calibrates nothing but data for --scap-recalibrate"
+        if recalibrate
+        else "--scap-parameters, which calibrates nothing",
+        (
+            "scap_parameters",
+            "scap_apply_to",
+            "scap_dense_layers",
+            "scap_fused",
+            "scap_fused_precision",
+            "scap_recalibrate",
+            *(data if recalibrate else ()),
+        ),
     )
     parameters = load_parameters(args.scap_parameters)
     options = {"apply_to": args.scap_apply_to, "dense_layers": args.scap_dense_layers}
-    return parameters.model_copy(update={name: value for name, value in options.items() if value is not None})
+    given = {name.removeprefix("scap_"): getattr(args, name) for name in data}
+    config = _with_fields(parameters.config, {name: value for name, value in given.items() if value is not None})
+    return parameters.model_copy(
+        update={"config": config, **{name: value for name, value in options.items() if value is not None}}
+    )
+
+
+def _with_fields(config: SCAPConfig, fields: dict[str, Any]) -> SCAPConfig:
+    try:
+        return SCAPConfig.model_validate({**config.model_dump(), **fields}) if fields else config
+    except ValidationError as error:
+        raise SCAPError(f"--scap-recalibrate: {describe_validation_error(error)}") from error
 
 
 def config_from_flags(args: Namespace) -> SCAPConfig:
@@ -170,6 +217,8 @@ def config_from_flags(args: Namespace) -> SCAPConfig:
     Raises:
         SCAPError: naming the flag or the field that is wrong.
     """
+    if getattr(args, "scap_recalibrate", False):
+        raise SCAPError("--scap-recalibrate needs --scap-parameters: what --scap says is calibrated in any case")
     preset = getattr(args, "scap_preset", None)
     learning = ("learn", "learn_steps", "learn_samples", "learn_tokens")
     learned = {name: getattr(args, f"scap_{name}", None) for name in learning}

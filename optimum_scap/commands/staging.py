@@ -25,6 +25,7 @@ from .signals import signals_as_exceptions, signals_deferred
 
 
 _LOCK = ".optimum_scap.lock"
+_SCRATCH = "scratch"
 # What network file systems answer that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -103,6 +104,13 @@ def staged_output(output: Path) -> Iterator[Path]:
             if full is not None:
                 raise full from error
             raise
+
+
+def scratch_folder(staged: Path) -> Path:
+    """A new folder beside what `staged_output` gave, for what is needed on the way; it goes when the block ends."""
+    folder = staged.with_name(_SCRATCH)
+    folder.mkdir()
+    return folder
 
 
 class _Staging:
@@ -239,7 +247,7 @@ def _clean_up_after_killed(output: Path) -> None:
 
 def _delete(staging: Path, lock: FileLock) -> None:
     """Deletes a staging folder, unless there is an old export in it that holds more than was written."""
-    parts = [staging / "complete", staging / "replaced"]
+    parts = [staging / "complete", staging / "replaced", staging / _SCRATCH]
     if any((part / RECORD).exists() and unaccounted(part) is not None for part in parts):
         lock.release()
         return

@@ -14,7 +14,7 @@ from .config import SCAPConfig
 from .criterion import Criterion
 from .measuring import SkippedChannels
 from .parameters import SCAPParameters
-from .sites import Layers, Site, match_paths
+from .sites import Layer, Layers, Site, match_paths
 from .statistics import ActivationStatistics
 from .targets import Group
 
@@ -92,8 +92,8 @@ class Backend(ABC):
             SCAPError: otherwise, saying what to do.
         """
         raise SCAPError(
-            "thresholds, biases and gains are learned by PyTorch models: sparsify the model there, and apply the "
-            "parameters that were found to this one"
+            "thresholds, biases and gains are learned by PyTorch models: optimum-cli export openvino learns before it "
+            "exports; for this model, apply the parameters that one in PyTorch has learned, with recalibrate"
         )
 
     def learn(
@@ -125,6 +125,15 @@ class Backend(ABC):
     def fold(self, learned: Learned) -> None:
         """Folds the gains into the weights, for good."""
         raise NotImplementedError
+
+    def check_can_apply(self, parameters: SCAPParameters, layers: Layers) -> None:
+        """Checks that the vectors of `parameters`, all of whose layers are in `layers`, fit these.
+
+        Raises:
+            SCAPError: naming the layer and the vector.
+        """
+        for path in parameters.layers:
+            check_fits(layers.prunable[path], parameters)
 
     def check_can_be_saved(self) -> None:  # noqa: B027  most can
         """Checks that the model could be saved with what a calibration finds.
@@ -211,6 +220,20 @@ def apply_parameters(backends: Mapping[str, Backend], parameters: SCAPParameters
         own = [path for path in parameters.layers if names[path] in paths[name]]
         if own:
             backend.apply(parameters.only(own))
+
+
+def check_fits(layer: Layer, parameters: SCAPParameters) -> None:
+    """Checks that the vectors of a layer have an element per channel.
+
+    Raises:
+        SCAPError: naming the layer and the vector.
+    """
+    for name, wanted in (("scale", layer.in_features), ("bias_correction", layer.out_features)):
+        value = parameters.tensor(layer.path, name)  # type: ignore[arg-type]
+        if value is not None and value.shape != (wanted,):
+            raise SCAPError(
+                f"layer {printable(layer.path)}: its {name} has {value.size} values, the layer needs {wanted}"
+            )
 
 
 def check_all_exist(names: Mapping[str, str | None], present: Sequence[str]) -> None:

@@ -64,7 +64,11 @@ class Calibration:
                 )
 
     def run(
-        self, samples: Mapping[str, Iterable[Any]], dataset: str, allocation: Allocation | None = None
+        self,
+        samples: Mapping[str, Iterable[Any]],
+        dataset: str,
+        allocation: Allocation | None = None,
+        apply: bool = True,
     ) -> SCAPParameters:
         """Finds the parameters of all layers to prune and applies them. No model is touched until all are calibrated.
 
@@ -72,6 +76,7 @@ class Calibration:
             samples: inputs per model name; iterated several times. A model without samples stays dense.
             dataset: what the samples are, for the record.
             allocation: redistributes the sparsity that the targets ask for.
+            apply: whether the models prune from then on; gains are folded into their weights either way.
 
         Returns:
             The parameters of all pruned layers. Every changed model carries its own.
@@ -99,7 +104,8 @@ class Calibration:
         for name, parameters in found.items():
             if name in learned:
                 self._backends[name].fold(learned[name])
-            self._backends[name].apply(parameters)
+            if apply:
+                self._backends[name].apply(parameters)
         return SCAPParameters.merged(found.values())
 
     def _at_total(self, groups: list[Group], layers: Layers) -> list[Group]:
@@ -171,6 +177,7 @@ def calibrate(
     seed: int,
     layers: Layers | None = None,
     allocation: Allocation | None = None,
+    scales: "Mapping[str, NDArray[np.float32]] | None" = None,
 ) -> tuple[list[Group], dict[str, Criterion]]:
     """Finds the criterion of every group of one model.
 
@@ -181,6 +188,7 @@ def calibrate(
         seed: seed of the sketches.
         layers: the shapes of the layers, for `allocation`.
         allocation: redistributes the sparsity that the targets ask for.
+        scales: per channel, by group key, in place of those that the targets ask for.
 
     Returns:
         The groups, with the targets of the allocation, and {group key: criterion}; on the calibration data, with all
@@ -191,7 +199,8 @@ def calibrate(
         SCAPError: naming the layer whose activations cannot be calibrated.
     """
     groups = list(groups)
-    scales = {group.key: scale for group in groups if (scale := _channel_scale(backend, group)) is not None}
+    if scales is None:
+        scales = {group.key: scale for group in groups if (scale := _channel_scale(backend, group)) is not None}
     with backend.collector(groups, scales) as collector:
         stream = Stream(backend, collector, groups, scales, samples, seed)
         with ProgressBar("SCAP calibration", stream.expected_steps(allocation is not None)) as bar:

@@ -1,6 +1,7 @@
 """SCAP on an `ov.Model`: what `core.backend` asks for, and what is asked about sparse models."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class OpenVINOBackend(core.Backend):
     def __init__(self, model: ov.Model, name: str = "model") -> None:
         self._model = model
         self._name = name
+        # Bias corrections that are in force while thresholds are calibrated.
+        self._corrections: Mapping[str, NDArray[np.float32]] = {}
 
     def layers(self) -> Layers:
         self._check_is_dense()
@@ -58,7 +61,21 @@ class OpenVINOBackend(core.Backend):
         return np.sqrt(squares).astype(np.float32)
 
     def collector(self, groups: Sequence[Group], scales: "Mapping[str, NDArray[np.float32]]") -> OpenVINOCollector:
-        return OpenVINOCollector(self._model, groups, scales)
+        return OpenVINOCollector(self._model, groups, scales, self._corrections)
+
+    @contextmanager
+    def adjusted(self, learned: core.Learned) -> Iterator[None]:
+        if learned.gains:
+            raise SCAPError("gains are folded into floating-point weights, before a model is exported")
+        self._corrections = learned.biases
+        try:
+            yield
+        finally:
+            self._corrections = {}
+
+    def check_can_apply(self, parameters: SCAPParameters, layers: Layers) -> None:
+        for path in parameters.layers:
+            _check_fits(layers.prunable[path], parameters)
 
     def apply(self, parameters: SCAPParameters) -> None:
         self._check_is_dense()
@@ -70,7 +87,8 @@ class OpenVINOBackend(core.Backend):
         core.check_all_exist(names, list(named))
         parameters = parameters.renamed({path: name for path, name in names.items() if name is not None})
         for path in parameters.layers:
-            _check_fits(named[path], parameters)
+            layer = named[path]
+            _check_fits(Layer(path, layer.role, layer.in_features, layer.out_features), parameters)
         # Layers that read the same activations by the same criterion share the operations.
         for site in group_by_input(named[path] for path in parameters.layers):
             shared: dict[Any, list[FullyConnected]] = {}
@@ -110,17 +128,9 @@ def _experts(model: ov.Model, named: Mapping[str, FullyConnected]) -> dict[str, 
     return {path: reason for path in paths if path not in named}
 
 
-def _check_fits(layer: FullyConnected, parameters: SCAPParameters) -> None:
-    scale, correction = (parameters.tensor(layer.path, name) for name in ("scale", "bias_correction"))
-    for name, value, wanted in (
-        ("scale", scale, layer.in_features),
-        ("bias_correction", correction, layer.out_features),
-    ):
-        if value is not None and value.shape != (wanted,):
-            raise SCAPError(
-                f"layer {printable(layer.path)}: its {name} has {value.size} values, the layer needs {wanted}"
-            )
-    if correction is not None and parameters.apply_to == "decode":
+def _check_fits(layer: Layer, parameters: SCAPParameters) -> None:
+    core.check_fits(layer, parameters)
+    if parameters.tensor(layer.path, "bias_correction") is not None and parameters.apply_to == "decode":
         raise SCAPError(
             f"layer {printable(layer.path)}: a bias correction belongs to pruned tokens, and an OpenVINO model cannot "
             "add it to those alone: use apply_to all"

@@ -14,7 +14,7 @@ from ..data.padding import Padding
 from .fast_passes import speed_up
 from .graph import named_layers
 from .inference import Runner, model_with_outputs
-from .threshold_ops import ThresholdOps, find_threshold_ops, insert_adjustable_ops
+from .threshold_ops import ThresholdOps, add_bias_correction, find_threshold_ops, insert_adjustable_ops
 
 
 if TYPE_CHECKING:
@@ -25,10 +25,17 @@ class OpenVINOCollector(Collector):
     """Runs the model with criteria that can be changed between passes without recompiling.
 
     In a clone of the model every group becomes `Select(s * |x - m| <= t, m, x)` with m and t as model inputs; what is
-    pruned takes the value m itself, so that no bias has to be folded while m is not known.
+    pruned takes the value m itself, so that no bias has to be folded while m is not known. Bias corrections, by module
+    path, are constants of the clone.
     """
 
-    def __init__(self, model: ov.Model, groups: Sequence[Group], scales: "Mapping[str, NDArray[np.float32]]") -> None:
+    def __init__(
+        self,
+        model: ov.Model,
+        groups: Sequence[Group],
+        scales: "Mapping[str, NDArray[np.float32]]",
+        corrections: "Mapping[str, NDArray[np.float32]]",
+    ) -> None:
         self._groups = groups
         clone = model.clone()
         layers = named_layers(clone)
@@ -36,6 +43,8 @@ class OpenVINOCollector(Collector):
         # All inputs are looked up before the first of them is changed: groups of one site read the same tensor.
         for group in groups:
             outputs.append(layers[group.key].activations)
+        for path, correction in corrections.items():
+            add_bias_correction(layers[path], correction)
         for index, group in enumerate(groups):
             mode, threshold = (_scalar_parameter(_input_name(index, name)) for name in ("mode", "threshold"))
             insert_adjustable_ops([layers[path] for path in group.layers], mode, threshold, scales.get(group.key))

@@ -78,7 +78,7 @@ def linear(implementation, x: Tensor, layer: IntegerLayer, *configuration: Launc
 
 
 @settings(
-    max_examples=250 if ON_GPU else 40,
+    max_examples=250 if ON_GPU else 16,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -141,7 +141,7 @@ def test_any_shape(
 @each_format
 @each_kind
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4] if ON_GPU else [1, 4])
 def test_layers_of_a_group_have_thresholds_modes_and_sizes_of_their_own(
     bits: int, kind: str, rows: int, count: int
 ) -> None:

@@ -32,7 +32,7 @@ def kept_values(implementation, x: torch.Tensor, layer: Layer, *configuration: L
     return y != 0.0
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     in_features=st.integers(1, 90),
     out_features=st.lists(st.integers(1, 200), min_size=1, max_size=4),

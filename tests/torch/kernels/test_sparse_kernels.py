@@ -161,7 +161,7 @@ def test_layers_of_a_group_have_thresholds_modes_and_sizes_of_their_own(
 
 
 @settings(
-    max_examples=200 if ON_GPU else 40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=200 if ON_GPU else 20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(
     in_features=st.integers(1, 600),

@@ -97,7 +97,11 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+# Processes of their own: one of each kind of result here.
+ONE_OF_A_KIND = [name if name in ("Q4_1", "mixed") else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_files_are_exported(name: str, tmp_path: Path) -> None:
     """The layers have the values that transformers' own reader multiplies out, and a fresh process loads them."""
     file, output, text = tmp_path / "model.gguf", tmp_path / "out", tmp_path / "text.txt"

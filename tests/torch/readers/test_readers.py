@@ -168,7 +168,11 @@ def test_a_checkpoint_keeps_its_own_tensors(name: str, checkpoints: Any, tmp_pat
     assert not torch.equal(logits(again), dense)
 
 
-@pytest.mark.parametrize("name", WITH_LIBRARY)
+# Processes of their own: one of them here.
+ONE_HERE = [WITH_LIBRARY[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_LIBRARY[1:])]
+
+
+@pytest.mark.parametrize("name", ONE_HERE)
 def test_without_scap_it_is_what_the_user_brought(name: str, checkpoints: Any, tmp_path: Path) -> None:
     folder, _ = checkpoints(name)
     model = read(folder)
