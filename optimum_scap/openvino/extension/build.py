@@ -197,6 +197,8 @@ def _command(isa: str) -> tuple[list[str], str]:
         raise ExtensionBuildError("the OpenVINO extension cannot be built on Windows yet")
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags: tuple[str, ...] = ISA_FLAGS[isa]
+        if "AuthenticAMD" in _cpu():
+            flags = (*flags, "-DSCAP_PREFETCH_TO_L2")
     elif isa in ("native", "portable"):
         flags = ("-mcpu=native",) if isa == "native" else ()
     else:
@@ -267,7 +269,7 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    wanted = ("vendor_id", "model name", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 

@@ -11,7 +11,11 @@ namespace scap::vnni {
 
 // Rows of weights that are read side by side: as many streams as the hardware prefetchers follow. And how far ahead.
 constexpr int64_t kStreams = 16;
+#    if defined(SCAP_PREFETCH_TO_L2)
+constexpr int64_t kAhead = 1024;
+#    else
 constexpr int64_t kAhead = 512;
+#    endif
 
 // Rows of activations whose sums fit the registers.
 constexpr int kStreamRows = kBytes == 64 ? 6 : 2;
@@ -92,14 +96,15 @@ struct Block {
     bool first;  // of its panel
 };
 
-/// Prefetches what is read kAhead bytes after `byte` of the block.
+/// Prefetches what is read kAhead bytes after `byte` of the block, but no more than a block ahead.
 template <bool Full>
 SCAP_INLINE void prefetch_block(const Block& block, int64_t byte, int64_t width) {
-    const bool wraps = byte + kAhead >= width;
+    const int64_t target = byte + std::min(kAhead, width);
+    const bool wraps = target >= width;
     const uint8_t* const* ahead = wraps ? block.next : block.rows;
-    const int64_t ahead_byte = byte + kAhead - (wraps ? width : 0);
+    const int64_t ahead_byte = target - (wraps ? width : 0);
     for (int64_t i = 0; i < (Full ? kStreams : 2 * block.pairs); ++i) {
-        prefetch(scalar(ahead[i]) + ahead_byte);
+        prefetch_early(scalar(ahead[i]) + ahead_byte);
     }
 }
 
@@ -188,6 +193,25 @@ struct TokenFold {
     float x_scale;
     int32_t sum;
     float* accumulators;
+    // Of the panel that follows, for the same columns; null if it has those of this one.
+    const uint8_t* next_scales;
+    const uint8_t* next_zero_points;
+
+    /// Prefetches what folding the panel that follows reads for `count` columns.
+    SCAP_INLINE void prefetch_next(int64_t column, int64_t count) const {
+        if (next_scales == nullptr) {
+            return;
+        }
+        const int64_t size = weights.scale_size();
+        for (int64_t at = column * size; at < (column + count) * size; at += 64) {
+            prefetch_early(next_scales + at);
+        }
+        if (next_zero_points != nullptr) {
+            for (int64_t at = column; at < column + count; at += 64) {
+                prefetch_early(next_zero_points + at);
+            }
+        }
+    }
 
     /// The sums of one vector load of u8, in the order in which interleaving leaves them, `half` as of column_of.
     template <WeightType Type>
@@ -227,6 +251,7 @@ __attribute__((noinline)) void stream_token(const Block& block, int64_t width, c
             });
         }
         if constexpr (Last) {
+            fold.prefetch_next(byte * kHalves, kBytes * kHalves);
             if constexpr (kHalves == 2) {
                 Int low[4];
                 unroll<4>([&](auto i) SCAP_INLINE_LAMBDA {
@@ -269,7 +294,17 @@ void gemv_panel(const Weights& weights, const Panels& panels, int64_t p, int64_t
         block.first = k == 0;
         const bool full = count == kStreams;
         if constexpr (Rows == 1) {
-            const TokenFold fold{weights, panel.group, first_column, x.scales[0], x.sums[0], accumulators};
+            const bool regroups = p + 1 < last_panel && panels.items[p + 1].group != panel.group;
+            const int64_t next = regroups ? panels.items[p + 1].group : panel.group;
+            const TokenFold fold{weights,
+                                 panel.group,
+                                 first_column,
+                                 x.scales[0],
+                                 x.sums[0],
+                                 accumulators,
+                                 regroups ? weights.scale_at(next, first_column) : nullptr,
+                                 regroups && weights.has_zero_points ? weights.zero_point_at(next, first_column)
+                                                                     : nullptr};
             const auto stream = k + count == panel.padded()
                                     ? (full ? stream_token<Type, true, true> : stream_token<Type, false, true>)
                                     : stream_token<Type, true, false>;

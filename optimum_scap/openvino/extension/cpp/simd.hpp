@@ -232,4 +232,14 @@ SCAP_INLINE void prefetch(const uint8_t* p) {
     __builtin_prefetch(p, 0, 3);
 }
 
+/// For what is read a while later. AMD's cores have two dozen misses of the first cache under way at most, which a
+/// prefetch into it counts among, and many more of the second; for Intel's the other was measured to be as fast.
+SCAP_INLINE void prefetch_early(const uint8_t* p) {
+#if defined(SCAP_PREFETCH_TO_L2)
+    __builtin_prefetch(p, 0, 2);
+#else
+    __builtin_prefetch(p, 0, 3);
+#endif
+}
+
 }  // namespace scap
