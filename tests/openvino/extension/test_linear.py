@@ -117,7 +117,7 @@ def test_activations_of_one_byte_on_every_instruction_set(isa):
                 expected = scap_linear(x, layer.weight, layer.bias, 0.1, 0.5)
                 errors[size, rows] = relative_error(compiled(x)[0], expected)
         assert max(errors[0, rows] for rows in (1, 2, 8, 40)) < 1e-3
-        assert errors[32, 1] == errors[0, 1]  # a generated token keeps its two bytes
+        assert all(errors[32, rows] == errors[0, rows] for rows in (1, 2))  # a few tokens keep their two bytes
         assert max(errors.values()) < 1e-2, kind
 
 

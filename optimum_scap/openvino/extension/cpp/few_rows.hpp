@@ -141,10 +141,13 @@ inline void few_rows(const float* x, int64_t rows, Threshold threshold, const Jo
     }
 }
 
-/// Whether few_rows is the fastest for this many rows: float kernels read the weights once for every row, and with one
-/// byte per activation the kernel for many rows is as fast as the memory from two rows on.
+// From here on the kernel for many rows is faster where activations have one byte.
+constexpr int64_t kFewByteRows = 4;
+
+/// Whether few_rows, whose activations have two bytes, is the fastest for this many rows: float kernels read the weights
+/// once for every row.
 inline bool are_few(const Job& job, int64_t rows) {
-    bool few = job.arithmetic.activation_group_size == 0 && rows <= kFewRows;
+    bool few = rows <= (job.arithmetic.activation_group_size == 0 ? kFewRows : kFewByteRows - 1);
     for (int64_t i = 0; i < job.count; ++i) {
         few = few && decode_kernel(job.layers[i], job.arithmetic.precision) == Kernel::int8;
     }
