@@ -16,6 +16,7 @@ by weights.
 import argparse
 import json
 import math
+import re
 import statistics
 import sysconfig
 import time
@@ -31,8 +32,9 @@ from safetensors.numpy import load_file, save_file
 from scaffold import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_scap import SCAPConfig, sparsify_activations
+from optimum_scap import SCAPConfig, save_parameters, sparsify_activations
 from optimum_scap.evaluation.sparsity import realized_by_torch
+from optimum_scap.torch.backend import read_parameters
 
 
 WINDOW, EVALUATED, LEARNED = 512, 6144, 277_000
@@ -75,6 +77,7 @@ def main() -> None:
     command.add_argument("--tokens-per-step", type=int, default=4096)
     command.add_argument("--learn-tokens", type=int, default=LEARNED, help="of the text to learn from, that are used")
     command.add_argument("--num-samples", type=int, default=32, help="windows that thresholds are calibrated on")
+    command.add_argument("--save", type=Path, help="folder for the parameters, which --scap-parameters takes")
     command.add_argument("--auto", action="store_true", help="learn from text that the model wrote itself")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
@@ -166,6 +169,9 @@ def _row(
     start = time.perf_counter()
     sparsify_activations(model, config, data, tokenizer=str(arguments.model))
     seconds = time.perf_counter() - start
+    if arguments.save is not None:
+        name = "-".join(re.findall(r"\w+", f"{setting} {method} {seed}".lower()))
+        _save(model, arguments.save / f"{name}.json")
     found = _perplexities(model, tokens)
     realized = realized_by_torch(model, _windows(tokens["boolq"]))
     return {
@@ -178,6 +184,13 @@ def _row(
         "seconds": seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if arguments.device != "cpu" else None,
     }
+
+
+def _save(model: Any, file: Path) -> None:
+    parameters = read_parameters(model)
+    assert parameters is not None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_parameters(parameters, file)
 
 
 def _load(arguments: argparse.Namespace) -> Any:

@@ -26,9 +26,11 @@ logger = logging.getLogger(__name__)
 # Peaks of the one-cycle schedule.
 RATES: Mapping[Part, float] = {"thresholds": 0.02, "biases": 3e-3, "gains": 3e-3}
 _BETAS = (0.9, 0.98)
-# How often the held-out text is looked at, and after how many looks without progress learning stops.
+# How often the held-out text is looked at, and after how many looks without progress learning stops. Before the rates
+# fall, what is learned is thrown about by them: that no progress is seen there says nothing.
 _LOOKS = 12
-_PATIENCE = 6
+_PATIENCE = 3
+_FALLING = 0.6
 
 
 @dataclass
@@ -87,7 +89,8 @@ class Training:
                     if number % every and number < steps:
                         continue
                     found = self._look(number, looked_at)
-                    without_progress = 0 if found.loss < best.loss else without_progress + 1
+                    waits = found.loss >= best.loss and number > _FALLING * steps
+                    without_progress = without_progress + 1 if waits else 0
                     best = found if found.loss < best.loss else best
                     bar.describe(self._describe(first, best))
                     if without_progress >= _PATIENCE:
