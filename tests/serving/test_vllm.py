@@ -165,7 +165,7 @@ def test_damaged_parameters_are_refused_in_a_line_before_weights_are_loaded(tmp_
 
 
 def test_a_layer_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "strange")
+    folder = write_checkpoint(tmp_path / "strange", vectors=False)
     path = f"model.layers.{LAYERS}.mlp.up_proj"
     write_config(folder, quantization_config({"model.layers.0.mlp.up_proj": layer(0.5), path: layer(0.5)}))
     result = run(folder, PROMPTS[:1], enforce_eager=True)
