@@ -11,6 +11,7 @@ Times are medians of one launch in a CUDA graph that walks through more weights 
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ CAPTURED_ROWS = (1, 2, 4, 8, 16)
 READ_PER_GRAPH = 400_000_000
 
 
+def drop_guards(guards: Sequence[Any]) -> list[bool]:
+    """As vLLM does: the compiled program is not asked whether it fits."""
+    return [False] * len(guards)
+
+
 def check_captured(dtype: torch.dtype) -> dict[str, float]:
     """The largest error relative to the largest output, by number of captured rows.
 
@@ -54,7 +60,7 @@ def check_captured(dtype: torch.dtype) -> dict[str, float]:
         layer,
         fullgraph=True,
         dynamic=True,
-        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_guards_unsafe},
+        options={"guard_filter_fn": drop_guards},
     )
     first = torch.randn(40, in_features, device="cuda", dtype=dtype)
     torch._dynamo.mark_dynamic(first, 0)

@@ -117,6 +117,28 @@ def test_two_ranks_have_the_logits_of_transformers(checkpoint: Path) -> None:
     check_against_transformers(checkpoint, found)
 
 
+def test_decode_alone_is_pruned_where_the_checkpoint_says_so(tmp_path: Path) -> None:
+    """A prompt of 30 tokens is dense, and each token after it one row that is pruned."""
+    from transformers import AutoModelForCausalLM
+
+    import optimum_scap  # noqa: F401  registers the method
+
+    folder = write_checkpoint(tmp_path / "decode", apply_to="decode")
+    prompt = PROMPTS[1]
+    ((tokens, steps),) = logits_of(run(folder, [prompt], enforce_eager=True))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = []
+    with torch.no_grad():
+        out = model(torch.tensor([prompt]), use_cache=True)
+        wanted.append(out.logits[0, -1])
+        for token in tokens[:-1]:
+            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            wanted.append(out.logits[0, -1])
+        dense = model(torch.tensor([prompt + tokens])).logits[0, len(prompt)]
+    torch.testing.assert_close(torch.tensor(steps), torch.stack(wanted), rtol=0, atol=1e-5)
+    assert (dense - wanted[1]).abs().max() > 0.01
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
