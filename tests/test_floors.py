@@ -23,6 +23,7 @@ FLOORS = (
     ("core",),
     ("data", "tasks", "checkpoint"),
     ("torch", "openvino"),
+    ("vllm",),
     ("registration",),
     ("sparsify",),
     ("folders",),
