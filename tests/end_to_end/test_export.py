@@ -88,7 +88,7 @@ def decoder_inputs(ids: list[int]) -> dict[str, np.ndarray]:
     ("weights", "mode"),
     [
         ("dense_int8", "median"),
-        ("dense_int4", "zero"),
+        pytest.param("dense_int4", "zero", marks=pytest.mark.slow),
         pytest.param("dense_int8", "zero", marks=pytest.mark.slow),
         pytest.param("dense_int4", "median", marks=pytest.mark.slow),
     ],

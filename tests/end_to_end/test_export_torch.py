@@ -133,6 +133,7 @@ def test_the_dense_model_is_still_in_there(sparse_torch: Path, smollm2: Path, tm
     assert (sparse_torch / "config.json").stat().st_size < 32 * 1024
 
 
+@pytest.mark.slow
 def test_pipelines(sparse_torch: Path) -> None:
     model, tokenizer = (cls.from_pretrained(sparse_torch) for cls in (AutoModelForCausalLM, AutoTokenizer))
     tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
@@ -410,6 +411,7 @@ def test_text_is_found_by_the_model_itself(tiny: Path) -> None:
         assert len(thresholds) == 6 and all(0 < threshold < 10 for threshold in thresholds)
 
 
+@pytest.mark.slow
 def test_benchmark_and_tune(sparse_torch: Path, tmp_path: Path) -> None:
     size = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1")
     result = optimum_cli("scap", "benchmark", sparse_torch, *size, "--json", tmp_path / "speed.json")
@@ -439,6 +441,7 @@ def test_benchmark_and_tune(sparse_torch: Path, tmp_path: Path) -> None:
     assert result.returncode == 1 and "--json: the folder of" in result.stderr
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_on_a_checkpoint(sparse_torch: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install optimum-scap[eval]")
     questions = [

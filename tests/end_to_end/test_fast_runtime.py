@@ -82,6 +82,7 @@ def test_greedy_text_is_that_of_the_portable_model(sparse_int8: Path) -> None:
             assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_portable_model(sparse_int8: Path, texts: tuple[Path, Path]) -> None:
     """In f32: by default the portable model rounds activations to one byte, and is up to 2 % off itself."""
     from optimum_scap.evaluation.perplexity import perplexity
@@ -233,6 +234,7 @@ def test_benchmark_prints_and_writes_what_it_measured(tiny: Path, tmp_path: Path
     assert refused.returncode == 1 and "the model is dense" in refused.stderr
 
 
+@pytest.mark.slow
 def test_benchmark_shows_what_stock_dense_layers_leave_of_the_speed_up(tiny: Path, tmp_path: Path) -> None:
     """Attention's layers of 4-bit weights run through the operation, too, where that is faster."""
     for name, option in (("fast", "fast"), ("stock", "stock")):

@@ -76,7 +76,7 @@ KINDS: list[tuple[str, Damage]] = [
 ]
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("suffix", "damage"), KINDS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_damaged_ir_runs_or_raises(suffix: str, damage: Damage, count: int, fused_irs: Path, tmp_path: Path) -> None:
     models = []

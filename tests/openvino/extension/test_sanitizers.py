@@ -44,8 +44,13 @@ def run_kernels(tmp_path: Path, flags: tuple[str, ...]) -> None:
     run_driver("kernels_driver", ("linear.cpp",), flags, tmp_path)
 
 
-@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
-@pytest.mark.parametrize("isa", ("native", pytest.param("avx2", marks=pytest.mark.slow), "portable"))
+# One of them here: builds with sanitizers run for half a minute each.
+SANITIZERS = ("address,undefined", pytest.param("thread", marks=pytest.mark.slow))
+ISAS = ("native", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "portable")))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_kernels_are_clean(sanitizer, isa, tmp_path):
     if isa not in ("native", "portable") and not X86:
         pytest.skip("an x86 instruction set")
@@ -53,7 +58,7 @@ def test_kernels_are_clean(sanitizer, isa, tmp_path):
     run_kernels(tmp_path, (*flags, "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"))
 
 
-@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_operations_are_clean(sanitizer, tmp_path):
     flags = ("-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", *openvino_flags())
     run_driver("op_driver", ("op.cpp", "op_attributes.cpp", "linear.cpp"), flags, tmp_path)
