@@ -92,11 +92,12 @@ def _export_sparse(command: Any, export: Any) -> None:
         if args.task == "auto" and Path(args.model).is_dir():
             args.task = infer_task(args.model, args.trust_remote_code)
         with parameters_kept(args, what) as keep, staged_output(output) as staging:
-            recalibrate = args.scap_recalibrate
+            recalibrate, source = args.scap_recalibrate, args.model
             if isinstance(what, SCAPConfig) and what.learn:
                 what, recalibrate = _learn(args, what, scratch_folder(staging), keep), True
             args.output = staging
             export(command)
+            _name_source(staging, args.model, source)
             sparsify_folder(
                 staging,
                 staging,
@@ -133,6 +134,14 @@ def _learn(args: Any, config: SCAPConfig, folder: Path, keep: Callable[[SCAPPara
     else:
         keep(learned)  # any weights take them
     return learned
+
+
+def _name_source(folder: Path, read: str, source: str) -> None:
+    """Has optimum-intel's record of an export name the model that the user gave, not the folder that was read."""
+    record = folder / "openvino_config.json"
+    if read != source and record.is_file():
+        content = record.read_text(encoding="utf-8")
+        record.write_text(content.replace(json.dumps(read), json.dumps(source)), encoding="utf-8")
 
 
 def _check_can_learn_for(config: SCAPConfig) -> None:

@@ -24,11 +24,12 @@ def parameters_kept(args: Namespace, what: SCAPConfig | SCAPParameters) -> Itera
         what: what is applied. Parameters that come from a file are not written again.
     """
     found: list[SCAPParameters] = []
+    output = Path(args.output)  # which is another while the command runs
     try:
         yield found.append
     except BaseException as error:
         if found and isinstance(what, SCAPConfig) and not note_of(error):  # a note says that the output was written
-            _write(found[-1], Path(args.output))
+            _write(found[-1], output)
         raise
 
 

@@ -39,6 +39,8 @@ def test_one_command_learns_exports_quantizes_and_calibrates_anew(tiny: Path, tm
     assert result.returncode == 0, result.stderr
     assert "SCAP learning, KL" in result.stderr and "SCAP calibration" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    record = json.loads((tmp_path / "out" / "openvino_config.json").read_text())
+    assert record["quantization_config"]["tokenizer"] == str(tiny / "hf")
 
     (parameters,) = read_folder_parameters(tmp_path / "out").values()
     assert {layer.tensors for layer in parameters.layers.values()} == {("bias_correction",)}
