@@ -29,6 +29,7 @@ import openvino as ov
 from compressed_weights import compressed_linear
 from openvino import opset13 as ops
 
+from optimum_scap.openvino.arithmetic import DEFAULT_GROUP_SIZE
 from optimum_scap.openvino.extension.build import build_extension, find_compiler
 from optimum_scap.openvino.extension.nodes import create_linear
 from optimum_scap.openvino.extension.packing import PackedLayer, pack_integer
@@ -116,7 +117,10 @@ def compile_models(weights: Weights, layers: int, x: np.ndarray, sparsities, kee
     for sparsity in sparsities:
         threshold = float(np.quantile(np.abs(x), sparsity)) if sparsity else 0.0
         parameter = ops.parameter([-1, in_features], np.float32)
-        nodes = [create_linear(parameter, [layer], threshold=threshold) for layer in packed]
+        nodes = [
+            create_linear(parameter, [layer], threshold=threshold, activation_group_size=DEFAULT_GROUP_SIZE)
+            for layer in packed
+        ]
         models[sparsity] = ov.Model(nodes, [parameter])
     return {name: core.compile_model(model, "CPU").create_infer_request() for name, model in models.items()}
 
