@@ -15,8 +15,12 @@ from torch.nn import functional as F
 
 from ..torch.dispatch import MAX_SPARSE_ROWS
 from ..torch.kernels import library
-from ..torch.linear import prune
 
+
+# Up to so many rows the sparse operation is faster than products of the pruned input, one for each criterion
+# (examples/benchmarks/gpu_serving.py, with rows drawn independently of each other).
+SPARSE_ROWS = 2
+SPARSE_ROWS_OF_SEVERAL_CRITERIA = 4
 
 # Below every distance: a part with this threshold is dense.
 KEEPS_ALL = -1.0
@@ -95,7 +99,7 @@ def served_linear(
     biases: Biases,
     parts: Sequence[Part],
     decode_only: bool,
-    sparse_rows: int = MAX_SPARSE_ROWS,
+    sparse_rows: int | None = None,
 ) -> Tensor:
     """A layer whose input is pruned, for any number of rows.
 
@@ -104,12 +108,14 @@ def served_linear(
         weight: `[out_features, in_features]`, on a GPU input-channel-major in memory: strides (1, out_features).
         biases: from `fold`.
         parts: their sizes add up to out_features.
-        decode_only: whether more than `sparse_rows` rows are left dense.
-        sparse_rows: up to so many rows run the sparse operation, at most 8.
+        decode_only: whether more than 8 rows are left dense.
+        sparse_rows: up to so many rows run the sparse operation, at most 8; chosen by the number of parts if None.
 
     Returns:
         `[rows, out_features]`.
     """
+    if sparse_rows is None:
+        sparse_rows = SPARSE_ROWS if len(parts) == 1 else SPARSE_ROWS_OF_SEVERAL_CRITERIA
     sizes, thresholds, modes, scales = (list(values) for values in zip(*parts, strict=True))
     return _operation(x, weight, *biases, sizes, thresholds, modes, scales, decode_only, sparse_rows)
 
@@ -128,7 +134,7 @@ def _served_linear(
     sparse_rows: int,
 ) -> Tensor:
     rows = x.numel() // max(1, x.shape[-1])
-    if rows > sparse_rows and decode_only:
+    if rows > MAX_SPARSE_ROWS and decode_only:
         return F.linear(x, weight, dense_bias)
     ends = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
     spans = [slice(begin, end) for begin, end in pairwise(ends)]
@@ -150,7 +156,7 @@ def _part(bias: Tensor | None, span: slice) -> Tensor | None:
 
 
 def _pruned(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
-    return x if threshold < 0 else prune(x, mode, threshold, scale)
+    return x if threshold < 0 else library.run(library.prune_input, x, threshold, mode, scale)
 
 
 _library = torch.library.Library(library.NAMESPACE, "FRAGMENT")

@@ -36,11 +36,14 @@ def problem(modes: tuple[float, ...], with_bias: bool) -> tuple[Tensor, list[Par
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("modes", [(0.0, 0.0), (0.25, -0.5)])
-@pytest.mark.parametrize("rows", [0, 1, 8, 9, 40])
-def test_few_and_many_rows_are_the_formula(rows: int, modes: tuple[float, ...], with_bias: bool) -> None:
+@pytest.mark.parametrize("sparse_rows", [None, 0, 8])
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 40])
+def test_few_and_many_rows_are_the_formula(
+    rows: int, sparse_rows: int | None, modes: tuple[float, ...], with_bias: bool
+) -> None:
     weight, parts, bias, correction = problem(modes, with_bias)
     x = torch.randn(rows, IN)
-    y = served_linear(x, weight, fold(weight, parts, bias, correction), parts, False)
+    y = served_linear(x, weight, fold(weight, parts, bias, correction), parts, False, sparse_rows)
     assert y.shape == (rows, 16)
     torch.testing.assert_close(y.double(), expected(x, weight, parts, bias, correction), rtol=0, atol=2e-5)
 

@@ -155,3 +155,10 @@ sparse_experts = register_operation(
     lambda x, *_: torch.empty_like(x),
     "launch_experts",
 )
+prune_input = register_operation(
+    "prune_input",
+    "(Tensor x, float threshold, float mode, Tensor? scale) -> Tensor",
+    reference.prune_input,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    "launch_pruning",
+)

@@ -38,6 +38,15 @@ def check_scale(x: Tensor, scale: Tensor | None) -> None:
         raise ValueError(f"scale on {scale.device}, input on {x.device}")
 
 
+def prune_input(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
+    """`x` `[..., in_features]` with the mode, rounded to its type, in place of every element that is pruned."""
+    check_scale(x, scale)
+    x = x.contiguous()
+    distance = (x.float() - mode).abs()
+    pruned = (distance if scale is None else distance * scale) <= threshold
+    return torch.where(pruned, torch.full((), mode, dtype=x.dtype, device=x.device), x)
+
+
 def _sparse_linear_float32(
     x: Tensor,
     weights: Sequence[Tensor],
