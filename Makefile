@@ -33,7 +33,7 @@ test-slow: $(VENV)/.ready
 
 # With a vLLM for CPUs, in an environment of its own: vLLM pins its versions of torch and transformers.
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest --confcutdir tests/serving -m "slow or not slow" tests/serving
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --confcutdir tests/serving -m "slow or not slow" tests/serving
 
 style: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
@@ -77,6 +77,6 @@ $(VLLM_VENV)/.ready: setup.cfg pyproject.toml Makefile
 	@: # Its other requirements, without the companions of torch for images and sound.
 	$(VLLM_VENV)/bin/python tests/serving/requirements_of_vllm.py > $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/pip install $(PIP_FLAGS) torch==$(VLLM_TORCH) -r $(VLLM_VENV)/requirements.txt \
-		optimum rich scipy hypothesis pytest pytest-timeout
+		optimum rich scipy hypothesis pytest pytest-timeout pytest-xdist
 	$(VLLM_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e .
 	touch $@

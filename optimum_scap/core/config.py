@@ -28,6 +28,8 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 ChannelScale = Literal["none", "weight_norm", "sqrt_weight_norm"]
 ApplyTo = Literal["all", "decode"]
+# With `apply_to="decode"`, more sequences at a time are dense: for so many rows our operations read all weights.
+MOST_DECODED_SEQUENCES = 8
 DenseLayers = Literal["fast", "stock", "all"]
 Experts = Literal["shared", "each"]
 EXPERTS: tuple[Experts, ...] = get_args(Experts)
@@ -100,8 +102,8 @@ class SCAPConfig(BaseModel):
         num_samples: number of calibration samples.
         seq_len: tokens per calibration sample.
         seed: seed of every random choice made during calibration.
-        apply_to: `all` prunes every forward; `decode` only those of one token per sequence, and leaves prefill dense,
-            where pruning saves no time. Calibration prunes every forward either way.
+        apply_to: `all` prunes every forward; `decode` only those of one token per sequence and of up to 8 sequences,
+            and leaves others dense, where pruning saves no time. Calibration prunes every forward either way.
         dense_layers: what becomes of layers that are not pruned: `fast` lets our runtimes run them with operations of
             ours where those are faster, but for layers that the patterns exclude; `all` these too; `stock` none.
         total: the sparsity of all layers to prune together, weighted by their weights; the targets then say how it is

@@ -6,7 +6,7 @@ In front of a fully connected layer `y = W x + b` stands
     mode != 0:  d = Subtract(x, m);  Abs(d) -> LessEqual(t) -> Select(0, d)              -> MatMul -> Add(b + m * W.1)
     quantized activations, mode != 0:  as above, but Select(m, x) -> FakeQuantize        -> MatMul
     scale per channel:  as above, with Abs -> Multiply(s) -> LessEqual(t)
-    decode only:  as above, with Select(tokens == 1, t, 0) for t, tokens being x's last dimension but one
+    decode only:  as above, with another threshold, see `decode_only`
 
 which is the criterion (see `core.criterion`) in float32; a NaN is kept. Without the mode this is the pattern that
 NNCF's torch backend exports. Where the activations are quantized too, the quantizer was calibrated on x, not on x - m:
@@ -23,6 +23,7 @@ from openvino import opset13 as opset
 from openvino.utils.node_factory import NodeFactory
 
 from ..core.criterion import Criterion
+from .decode_only import match_threshold_in_decode, same_output, threshold_in_decode
 from .graph import FullyConnected, evaluate_constant, evaluate_weights, find_fully_connected, is_constant
 
 
@@ -56,11 +57,7 @@ def insert_threshold_ops(layers: Sequence[FullyConnected], criterion: Criterion,
     threshold = _constant(np.float32(criterion.threshold), "threshold", layers[0])
     rank = source.get_partial_shape().rank.get_length()
     if decode_only and rank > 1:
-        tokens = opset.gather(opset.shape_of(source), opset.constant(rank - 2), opset.constant(0))
-        one_token = opset.equal(tokens, opset.constant(1))
-        # A threshold of 0 prunes what would add nothing; with a scale of 0 in it, a score of 0 may stand for more.
-        nothing = opset.constant(np.float32(0.0 if criterion.scale is None else -1.0))
-        threshold = opset.select(one_token, threshold, nothing)
+        threshold = threshold_in_decode(source, threshold, is_scaled=criterion.scale is not None)
     mode_constant = _constant(mode, "mode", layers[0])
     scale = None if criterion.scale is None else _constant(criterion.scale, "scale", layers[0])
     if mode != 0 and layers[0].quantizers:
@@ -173,7 +170,7 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
         return None
     threshold_output, shape_of = less_equal.input_value(1), None
     if not is_constant(threshold_output):
-        in_decode = _threshold_in_decode(threshold_output, magnitude.input_value(0))
+        in_decode = match_threshold_in_decode(threshold_output, magnitude.input_value(0))
         if in_decode is None:
             return None
         threshold_output, shape_of = in_decode
@@ -189,8 +186,8 @@ def match_threshold_ops(layer: FullyConnected) -> ThresholdOps | None:
         mode_value = evaluate_constant(subtract.input_value(1))
         if mode_value.size == 1:
             mode, source = sign * mode_value.reshape(()), subtract.input_value(0)
-    reads_centered = _same(kept, centered) and fill_value.item() == 0
-    reads_source = _same(kept, source) and fill_value.item() == mode
+    reads_centered = same_output(kept, centered) and fill_value.item() == 0
+    reads_source = same_output(kept, source) and fill_value.item() == mode
     if not reads_centered and not reads_source:
         return None
     readers = (select, magnitude, subtract) if shape_of is None else (select, magnitude, subtract, shape_of)
@@ -220,45 +217,8 @@ def _magnitude_and_scale(score: ov.Output, in_features: int) -> tuple[ov.Node, n
     return node, None
 
 
-def _threshold_in_decode(threshold: ov.Output, centered: ov.Output) -> tuple[ov.Output, ov.Node] | None:
-    """t and the ShapeOf, if `threshold` is Select(tokens == 1, t, 0) and tokens the last dimension but one."""
-    select = _skip_conversions(threshold).get_node()
-    if select.get_type_name() != "Select":
-        return None
-    condition, in_decode, otherwise = (_skip_conversions(value) for value in select.input_values())
-    equal = condition.get_node()
-    if equal.get_type_name() != "Equal" or not is_constant(in_decode) or not is_constant(otherwise):
-        return None
-    tokens, one = (_skip_conversions(value) for value in equal.input_values())
-    gather = tokens.get_node()
-    if gather.get_type_name() != "Gather" or not is_constant(one):
-        return None
-    shape, index = gather.input_value(0), gather.input_value(1)
-    shape_of = _skip_conversions(shape).get_node()
-    if shape_of.get_type_name() != "ShapeOf" or not is_constant(index):
-        return None
-    # x and x - m have one shape; which of them is asked does not matter.
-    asked, subtract = shape_of.input_value(0), centered.get_node()
-    own = _same(asked, centered) or (bool(subtract.inputs()) and _same(asked, subtract.input_value(0)))
-    dimension = int(evaluate_constant(index).item())
-    rank = centered.get_partial_shape().rank.get_length()
-    is_decode = evaluate_constant(one).item() == 1 and evaluate_constant(otherwise).item() <= 0
-    return (in_decode, shape_of) if own and is_decode and dimension in (rank - 2, -2) else None
-
-
-def _same(a: ov.Output, b: ov.Output) -> bool:
-    return a.get_node().get_name() == b.get_node().get_name() and a.get_index() == b.get_index()
-
-
 def _skip_convert(value: ov.Output) -> ov.Output:
     while value.get_node().get_type_name() == "Convert":
-        value = value.get_node().input_value(0)
-    return value
-
-
-def _skip_conversions(value: ov.Output) -> ov.Output:
-    """What `value` is made of, without changes of type and of the number of dimensions."""
-    while value.get_node().get_type_name() in ("Convert", "ConvertLike", "Squeeze", "Unsqueeze", "Reshape"):
         value = value.get_node().input_value(0)
     return value
 

@@ -3,7 +3,7 @@
 TRACED   torch.jit.trace records the operations of an OpenVINO IR: Abs -> LessEqual -> Select -> MatMul
 SPARSE   few rows: the sparse operation, which reads the weights of kept channels alone
 PRUNED   many rows, training, autocast, torch.export: an ordinary product behind an elementwise operation
-DENSE    a forward of several tokens where only decode is pruned
+DENSE    a forward of several tokens, or of many sequences, where only decode is pruned
 """
 
 from enum import Enum
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..core.config import MOST_DECODED_SEQUENCES
 
 
 # Rows of activations that the sparse operation takes.
@@ -57,9 +59,9 @@ def is_one_row(x: Tensor) -> bool:
     return type(size) is int and size == x.shape[-1] and not is_recorded()
 
 
-def is_one_token(x: Tensor) -> bool:
-    """Whether `x` `[..., tokens, channels]` holds one token per sequence."""
-    return x.dim() < 2 or x.shape[-2] == 1
+def decodes(x: Tensor) -> bool:
+    """Whether `x` `[..., tokens, channels]` is pruned where decoding alone is: one token each of few sequences."""
+    return x.dim() < 2 or x.shape[-2] == 1 and x.numel() <= MOST_DECODED_SEQUENCES * x.shape[-1]
 
 
 def is_recorded() -> bool:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.config import ApplyTo
+from ..core.config import MOST_DECODED_SEQUENCES, ApplyTo
 from ..core.parameters import LayerParameters
 from ..errors import SCAPError
-from .dispatch import Way, is_one_token, may_call_kernel, way_of
+from .dispatch import Way, decodes, may_call_kernel, way_of
 from .given import GivenOutput
 from .kernels import sparse_linear
 from .quantized import QuantizedLinear
@@ -207,7 +207,7 @@ class _PrunedInput(Pruned):
 
     def runs_dense(self, x: Tensor) -> bool:
         """Whether a forward of `x` `[..., in_features]` prunes nothing."""
-        return self.scap_apply_to == "decode" and not is_one_token(x)
+        return self.scap_apply_to == "decode" and not decodes(x)
 
     def kernel_bias(self) -> Tensor | None:
         """The bias that the sparse operation adds, `[out_features]`: with mode and correction folded in."""
@@ -238,8 +238,12 @@ class _PrunedInput(Pruned):
                 raise SCAPError(
                     "a bias correction cannot be exported with apply_to decode: it belongs to pruned tokens"
                 )
-            one_token = torch._shape_as_tensor(x)[-2] == 1
-            threshold = torch.where(one_token, threshold, 0.0 if self.scap_scale is None else -1.0)
+            shape = torch._shape_as_tensor(x)
+            decodes_x = shape[-2] == 1
+            if x.dim() > 2:
+                sequences = shape[0] if x.dim() == 3 else shape[:-2].prod()
+                decodes_x = torch.logical_and(decodes_x, sequences <= MOST_DECODED_SEQUENCES)
+            threshold = torch.where(decodes_x, threshold, 0.0 if self.scap_scale is None else -1.0)
         pruned = torch.where(score <= threshold, torch.zeros((), dtype=x.dtype), centered)
         if not self._scap_folds:
             return self.multiply(pruned, self.bias)

@@ -5,8 +5,8 @@ operation would be taken as it was at first. A captured graph has a fixed number
 are pruned by the same rule as others: they can only have more channels read.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -80,13 +80,24 @@ def fold(weight: Tensor, parts: Sequence[Part], bias: Tensor | None, correction:
         parts: of the outputs.
         bias, correction: `[out_features]`; of a layer whose outputs are summed over ranks, None on all but one.
     """
+    return fold_sums(lambda: weight.sum(dim=1, dtype=torch.float32), weight.dtype, parts, bias, correction)
+
+
+def fold_sums(
+    row_sums: Callable[[], Tensor],
+    dtype: torch.dtype,
+    parts: Sequence[Part],
+    bias: Tensor | None,
+    correction: Tensor | None,
+) -> Biases:
+    """`fold`, of weights that are no matrix: `row_sums` gives W·1 in float32, `dtype` is that of the activations."""
     pruned = bias
     if correction is not None:
-        pruned = correction.to(weight.dtype) if bias is None else bias + correction.to(weight.dtype)
+        pruned = correction.to(dtype) if bias is None else bias + correction.to(dtype)
     if all(part.mode == 0.0 for part in parts) and correction is None:
         return Biases(bias, pruned, bias)
-    modes = torch.cat([torch.full((part.size,), part.mode, device=weight.device) for part in parts])
-    sparse = modes * weight.sum(dim=1, dtype=torch.float32)
+    sparse = row_sums()
+    sparse = sparse * torch.cat([torch.full((part.size,), part.mode, device=sparse.device) for part in parts])
     for value in (bias, correction):
         if value is not None:
             sparse = sparse + value.float()
@@ -136,26 +147,32 @@ def _served_linear(
     rows = x.numel() // max(1, x.shape[-1])
     if rows > MAX_SPARSE_ROWS and decode_only:
         return F.linear(x, weight, dense_bias)
-    ends = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
-    spans = [slice(begin, end) for begin, end in pairwise(ends)]
+    spans = spans_of(sizes)
     weights = [weight[span] for span in spans]
     if 0 < rows <= sparse_rows:
         outputs = library.sparse_linear_group(
-            x, weights, "dense", [_part(sparse_bias, span) for span in spans], thresholds, modes, scales
+            x, weights, "dense", [part_of(sparse_bias, span) for span in spans], thresholds, modes, scales
         )
     else:
         outputs = [
-            F.linear(_pruned(x, threshold, mode, scale), part, _part(pruned_bias, span))
+            F.linear(pruned(x, threshold, mode, scale), part, part_of(pruned_bias, span))
             for part, span, threshold, mode, scale in zip(weights, spans, thresholds, modes, scales, strict=True)
         ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def _part(bias: Tensor | None, span: slice) -> Tensor | None:
+def spans_of(sizes: Sequence[int]) -> list[slice]:
+    """The outputs of parts of these sizes, one after the other."""
+    return [slice(begin, end) for begin, end in pairwise(accumulate(sizes, initial=0))]
+
+
+def part_of(bias: Tensor | None, span: slice) -> Tensor | None:
+    """The bias of a part of the outputs."""
     return None if bias is None else bias[span]
 
 
-def _pruned(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
+def pruned(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
+    """The input of a part, for the ordinary product."""
     return x if threshold < 0 else library.run(library.prune_input, x, threshold, mode, scale)
 
 

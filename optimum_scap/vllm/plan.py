@@ -6,6 +6,7 @@ from typing import Any
 from ..core.parameter_files import parameters_from_quantization_config
 from ..core.parameters import LayerParameters, SCAPParameters
 from ..errors import SCAPError, printable
+from .stored import reader_for
 
 
 _SOURCE = "quantization_config in config.json"
@@ -23,11 +24,10 @@ def served_parameters(fields: Mapping[str, Any]) -> SCAPParameters:
         raise SCAPError(f"{_SOURCE}: there are no SCAP parameters beside the integer weights")
     parameters = parameters_from_quantization_config(dict(fields), _SOURCE)
     if parameters.quantization_config is not None:
-        method = printable(str(parameters.quantization_config.get("quant_method")))
-        raise SCAPError(
-            f"{_SOURCE}: the weights are quantized ({method}), and under vLLM SCAP runs float weights alone; "
-            "export the float model with `optimum-cli export torch`, or load this one with transformers"
-        )
+        try:
+            reader_for(parameters.quantization_config)
+        except SCAPError as error:
+            raise SCAPError(f"{_SOURCE}: {error}") from error
     experts = sorted(path for path in parameters.layers if is_of_experts(path))
     if experts:
         raise SCAPError(

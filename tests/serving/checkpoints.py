@@ -8,6 +8,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+
+from optimum_scap.torch.readers.base import LayerShape
+from optimum_scap.torch.readers.compressed_tensors import packed_config, packed_storage
+from optimum_scap.torch.weights import IntegerWeights
 
 
 HIDDEN, FFN, VOCAB, LAYERS, HEADS, KV_HEADS = 128, 256, 128, 2, 4, 2
@@ -79,6 +84,62 @@ def write_checkpoint(folder: Path, apply_to: str = "all", vectors: bool = True) 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     write_config(folder, quantization_config(layers, apply_to))
     return folder
+
+
+def write_integer_checkpoint(folder: Path, group_size: int = 32, dense: tuple[str, ...] = ("mlp",)) -> Path:
+    """`write_checkpoint` with integer weights of several kinds, all within a layer that vLLM joins of one, but for k.
+
+    Args:
+        folder: to write to.
+        group_size: of INT4 weights.
+        dense: blocks of the second layer that are left dense.
+    """
+    write_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    tensors = load_file(folder / "model.safetensors")
+    storages = {}
+    for number in range(LAYERS):
+        for tail, (inputs, outputs) in SIZES.items():
+            path = f"model.layers.{number}.{tail}"
+            if number == 1 and tail.startswith(dense):
+                config["layers"].pop(path, None)
+                for name in [name for name in tensors if name.startswith(f"{path}.scap_")]:
+                    del tensors[name]
+            weights = _rounded(tensors.pop(f"{path}.weight"), *_integer_kind(tail, group_size))
+            storages[path] = packed_storage(LayerShape(path, inputs, outputs), weights)
+            for name, tensor in storages[path].write(weights).items():
+                tensors[f"{path}.{name}"] = tensor
+    config["quantization_config"] = packed_config(storages, ["lm_head"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_config(folder, config)
+    return folder
+
+
+def _integer_kind(tail: str, group_size: int) -> tuple[int, int | None, bool]:
+    """Bits, group size and whether there are zero points."""
+    if tail.startswith("self_attn"):
+        return {"o_proj": (4, group_size, True), "k_proj": (4, None, True)}.get(tail[10:], (8, None, True))
+    return (8, 64, False) if tail == "mlp.down_proj" else (4, group_size, False)
+
+
+def _rounded(weight: Tensor, bits: int, group_size: int | None, has_zero_points: bool) -> IntegerWeights:
+    outputs, inputs = weight.shape
+    grouped = weight.view(outputs, -1, group_size or inputs)
+    levels = 1 << bits
+    if not has_zero_points:
+        scales = grouped.abs().amax(dim=2, keepdim=True) / (levels // 2 - 1)
+        integers = (grouped / scales).round().to(torch.int8)
+        return IntegerWeights(bits, integers.view(outputs, inputs), scales[:, :, 0].contiguous())
+    least, most = (function(dim=2, keepdim=True) for function in (grouped.amin, grouped.amax))
+    scales = (most - least) / (levels - 1)
+    zero_points = (-least / scales).round().clamp(0, levels - 1)
+    integers = (grouped / scales + zero_points).round().clamp(0, levels - 1).to(torch.uint8)
+    return IntegerWeights(
+        bits,
+        integers.view(outputs, inputs),
+        scales[:, :, 0].contiguous(),
+        zero_points[:, :, 0].to(torch.uint8).contiguous(),
+    )
 
 
 def write_config(folder: Path, fields: dict[str, Any] | None) -> None:

@@ -44,7 +44,8 @@ def test_layers_that_vllm_joins_are_found_part_by_part() -> None:
         (fields(["a.b"], apply_to="sometimes"), ["apply_to"]),
         (fields(["model.layers.3.mlp.experts.gate", "a.b"]), ["experts", "model.layers.3.mlp.experts.gate"]),
         (fields(["model.layers.3.mlp.experts.7.up"]), ["experts", "model.layers.3.mlp.experts.7.up"]),
-        (fields(["a.b"], quantization_config={"quant_method": "awq"}), ["quantized (awq)", "export torch"]),
+        (fields(["a.b"], quantization_config={"quant_method": "fp8"}), ["quantized (fp8)", "with transformers"]),
+        (fields(["a.b"], quantization_config={"quant_method": "awq", "bits": 3}), ["AWQ", "3 bits"]),
         ({"quant_method": "scap", "quantization_config": {"quant_method": "gptq"}}, ["integer weights"]),
     ],
 )
@@ -71,9 +72,14 @@ def test_a_layer_that_vllm_does_not_have_is_named() -> None:
         check_all_found(parameters, {"a.b"})
 
 
+def test_integer_weights_that_are_read_may_lie_below() -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    assert served_parameters(fields(["a.b"], quantization_config=config)).quantization_config == config
+
+
 def test_neither_the_plan_nor_the_operation_imports_vllm() -> None:
     script = (
-        "import sys, optimum_scap.vllm, optimum_scap.vllm.plan, optimum_scap.vllm.operation\n"
+        "import sys, optimum_scap.vllm, optimum_scap.vllm.plan, optimum_scap.vllm.integer_operation\n"
         "print([name for name in sys.modules if name == 'vllm' or name.startswith('vllm.')])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LAYERS, VOCAB, layer, quantization_config, write_checkpoint, write_config
+from checkpoints import (
+    LAYERS,
+    VOCAB,
+    layer,
+    quantization_config,
+    write_checkpoint,
+    write_config,
+    write_integer_checkpoint,
+)
 
 
 pytestmark = [
@@ -115,6 +123,21 @@ def test_a_single_request_has_the_logits_of_transformers(checkpoint: Path) -> No
 def test_two_ranks_have_the_logits_of_transformers(checkpoint: Path) -> None:
     found = logits_of(run(checkpoint, tensor_parallel_size=2, enforce_eager=True))
     check_against_transformers(checkpoint, found)
+
+
+@pytest.fixture(scope="module")
+def integer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_integer_checkpoint(tmp_path_factory.mktemp("served") / "integers")
+
+
+def test_compiled_steps_over_integer_weights(integer_checkpoint: Path) -> None:
+    options = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_chunked_prefill": True}
+    check_against_transformers(integer_checkpoint, logits_of(run(integer_checkpoint, **options)))
+
+
+def test_two_ranks_over_integer_weights(integer_checkpoint: Path) -> None:
+    found = logits_of(run(integer_checkpoint, tensor_parallel_size=2, enforce_eager=True))
+    check_against_transformers(integer_checkpoint, found)
 
 
 def test_decode_alone_is_pruned_where_the_checkpoint_says_so(tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def test_decode_only() -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
         step = layer(x[:, :1])
+        many = torch.randn(9, 1, 16)  # sequences
+        torch.testing.assert_close(layer(many), F.linear(many, layer.weight, layer.bias))
     torch.testing.assert_close(step.double(), formula(x[:, :1], layer), atol=1e-4, rtol=1e-4)
 
 

@@ -17,6 +17,7 @@ from ...core.roles import find_role
 from ...core.sites import match_paths
 from ...errors import SCAPError, first_line
 from ...memory import give_back_freed
+from ..linear import VECTORS
 from ..quantized import QuantizedLinear, StoredTensor
 from .base import Adopted, LayerShape, Reader
 from .nncf import mark_layers, release
@@ -65,19 +66,29 @@ class Headers:
                     self.metadata.update(content.metadata() or {})
                     for name in content.keys():  # noqa: SIM118  no mapping
                         tensor = content.get_slice(name)
-                        self.tensors[name] = StoredTensor(tuple(tensor.get_shape()), _dtype(tensor.get_dtype()))
+                        self.tensors[name] = StoredTensor(tuple(tensor.get_shape()), torch_dtype(tensor.get_dtype()))
             except (OSError, SafetensorError) as error:
                 raise SCAPError(f"{file} cannot be read: {first_line(error)}") from error
 
     def layers(self, marker: str) -> dict[str, dict[str, StoredTensor]]:
-        """The tensors of the layers that have one called `marker`, by path and name below it."""
-        paths = {name.removesuffix(f".{marker}") for name in self.tensors if name.endswith(f".{marker}")}
-        found: dict[str, dict[str, StoredTensor]] = {path: {} for path in sorted(paths)}
-        for name, tensor in self.tensors.items():
-            path, _, last = name.rpartition(".")
-            if path in found and last != "bias":
-                found[path][last] = tensor
-        return found
+        """See `stored_layers`."""
+        return stored_layers(self.tensors, marker)
+
+
+def stored_layers(tensors: Mapping[str, StoredTensor], marker: str) -> dict[str, dict[str, StoredTensor]]:
+    """What a checkpoint holds of the weights of its quantized layers, by path and name below it.
+
+    Args:
+        tensors: all that it holds.
+        marker: a tensor that every quantized layer has below its path, and no other layer.
+    """
+    paths = {name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")}
+    found: dict[str, dict[str, StoredTensor]] = {path: {} for path in sorted(paths)}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if path in found and last not in ("bias", *VECTORS.values()):
+            found[path][last] = tensor
+    return found
 
 
 def prepare_model(
@@ -197,7 +208,8 @@ def adopt_layers(model: nn.Module, dtype: torch.dtype) -> None:
     release(model)
 
 
-def _dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """Of what the header of a safetensors file calls it."""
     from transformers.modeling_utils import str_to_torch_dtype
 
     return str_to_torch_dtype.get(name, torch.uint8)

@@ -41,8 +41,9 @@ def assert_close(
     offset: float = 0.0,
     bound: float = 1e-3,
     rounding: float = 1e-5,
+    sequences: int = 6,
 ) -> None:
-    """Every token's outputs, in batches of `rows` tokens each, differ by less than `bound`.
+    """Every token's outputs, in batches of up to `sequences` of `rows` tokens each, differ by less than `bound`.
 
     Rounding may move an activation across its threshold, on one CPU here and on another there, and one such channel
     is a visible difference. Hence tokens without an activation that near to its threshold: both must prune the same.
@@ -51,7 +52,7 @@ def assert_close(
     tokens = tokens[is_settled(portable, {"x": tokens[None]}, rounding).reshape(-1)]
     assert len(tokens) >= 40, "too many tokens are near a threshold"
     for count in rows:
-        x = tokens[: len(tokens) // count * count][: 6 * count].reshape(-1, count, HIDDEN)
+        x = tokens[: len(tokens) // count * count][: sequences * count].reshape(-1, count, HIDDEN)
         for expected, found in zip(outputs(portable, x), outputs(fused, x), strict=True):
             errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
             assert errors.shape == x.shape[:2] and errors.max() < bound
@@ -81,6 +82,8 @@ def test_decode_only_is_fused_too(mode: str, spec: str, kind: str) -> None:
     assert kinds(fused)[kind] == 2 and kinds(fused)["Select"] == 0
     assert not any(node.get_type_name() == "ShapeOf" for node in fused.get_ops())
     assert_close(fused, portable, (1, 2, 40), offset=0.3)
+    for sequences in (8, 9):
+        assert_close(fused, portable, (1,), offset=0.3, sequences=sequences)
 
 
 def test_layers_that_are_no_whole_ffn_are_fused_one_input_at_a_time() -> None:

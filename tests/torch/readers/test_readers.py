@@ -13,6 +13,7 @@ import nncf
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_integer_checkpoint
 from quantized_checkpoints import (
     float_model,
     tensors_of,
@@ -166,6 +167,19 @@ def test_a_checkpoint_keeps_its_own_tensors(name: str, checkpoints: Any, tmp_pat
         assert torch.equal(logits(again, ids), logits(model, ids))
     dense = logits(read(folder))
     assert not torch.equal(logits(again), dense)
+
+
+def test_vectors_per_channel_lie_beside_integer_weights(tmp_path: Path) -> None:
+    write_integer_checkpoint(tmp_path / "source")
+    source = tensors_of(tmp_path / "source")
+    vectors = [name for name in source if name.endswith((".scap_scale", ".scap_bias_correction"))]
+    assert vectors
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    assert type(model.model.layers[0].self_attn.q_proj) is SCAPQuantizedLinear
+    model.save_pretrained(tmp_path / "saved")
+    saved = tensors_of(tmp_path / "saved")
+    assert saved.keys() == source.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in source.items())
 
 
 # Processes of their own: one of them here.

@@ -19,6 +19,10 @@ ov::Shape leading_shape(const ov::Tensor& x, int64_t in_features, int64_t* rows)
     return shape;
 }
 
+int64_t row_count(const ov::Shape& shape) {
+    return static_cast<int64_t>(ov::shape_size(shape.begin(), shape.end() - 1));
+}
+
 float* set_output(ov::Tensor& output, ov::Shape shape, int64_t out_features) {
     shape.push_back(static_cast<size_t>(out_features));
     output.set_shape(shape);
@@ -28,7 +32,9 @@ float* set_output(ov::Tensor& output, ov::Shape shape, int64_t out_features) {
 }  // namespace
 
 Threshold SparseOp::threshold_for(const ov::Shape& shape, float mode, float threshold, const float* scale) const {
-    const bool dense = attributes().decode_only && shape.size() > 1 && shape[shape.size() - 2] != 1;
+    // Paged attention hands each token to us as a sequence of its own: there the number of rows decides.
+    const bool decodes = shape.size() < 2 || (shape[shape.size() - 2] == 1 && row_count(shape) <= kFewRows);
+    const bool dense = attributes().decode_only && !decodes;
     // A scale may be 0, which no threshold lets through.
     return dense ? Threshold{mode} : Threshold{mode, threshold, scale};
 }
