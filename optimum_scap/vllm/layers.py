@@ -112,7 +112,9 @@ class SCAPIntegerLinearMethod(LinearMethodBase):
         self._layer_parts.create(layer, input_size_per_partition, output_partition_sizes, input_size)
         self._dtype = params_dtype
         splits_input = input_size_per_partition < input_size
-        if len(output_partition_sizes) > len(self._paths) and layer.tp_size > 1:
+        rank_of_layer: Any = layer.tp_rank
+        ranks_of_layer: Any = layer.tp_size
+        if len(output_partition_sizes) > len(self._paths) and ranks_of_layer > 1:
             raise SCAPError(
                 f"layer {printable(self._paths[0])} is one in the checkpoint and several in vLLM: with integer "
                 "weights it cannot be split over ranks"
@@ -120,7 +122,7 @@ class SCAPIntegerLinearMethod(LinearMethodBase):
         self._loaders = []
         for number, (path, size) in enumerate(zip(self._paths, self._layer_parts.sizes, strict=True)):
             rank, ranks = (0, 1) if splits_input else ranks_of_outputs(layer, number)
-            first_in = layer.tp_rank * input_size_per_partition if splits_input else 0
+            first_in = rank_of_layer * input_size_per_partition if splits_input else 0
             cut = Cut(input_size, size * ranks, first_in, input_size_per_partition, size * rank, size)
             self._loaders.append(_PartLoader(path, self._stored.storage(path, cut), cut))
         for name, found in {name: dtype for each in self._loaders for name, dtype in each.dtypes()}.items():
