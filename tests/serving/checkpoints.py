@@ -1,4 +1,4 @@
-"""A sparse Llama of 2 layers with all that a checkpoint can have, written with the format's own names."""
+"""A sparse Llama of 3 layers with all that a checkpoint can have, written with the format's own names."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from optimum_scap.torch.readers.compressed_tensors import packed_config, packed_
 from optimum_scap.torch.weights import IntegerWeights
 
 
-HIDDEN, FFN, VOCAB, LAYERS, HEADS, KV_HEADS = 128, 256, 128, 2, 4, 2
+HIDDEN, FFN, VOCAB, LAYERS, HEADS, KV_HEADS = 128, 256, 128, 3, 4, 2
 SIZES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN, HIDDEN // 2),
@@ -86,40 +86,37 @@ def write_checkpoint(folder: Path, apply_to: str = "all", vectors: bool = True) 
     return folder
 
 
-def write_integer_checkpoint(folder: Path, group_size: int = 32, dense: tuple[str, ...] = ("mlp",)) -> Path:
-    """`write_checkpoint` with integer weights of several kinds, all within a layer that vLLM joins of one, but for k.
-
-    Args:
-        folder: to write to.
-        group_size: of INT4 weights.
-        dense: blocks of the second layer that are left dense.
-    """
+def write_integer_checkpoint(folder: Path) -> Path:
+    """`write_checkpoint` with several kinds of integers, but for the second layer; the FFN of the third is dense."""
     write_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     tensors = load_file(folder / "model.safetensors")
-    storages = {}
+    storages, others = {}, ["lm_head"]
     for number in range(LAYERS):
         for tail, (inputs, outputs) in SIZES.items():
             path = f"model.layers.{number}.{tail}"
-            if number == 1 and tail.startswith(dense):
-                config["layers"].pop(path, None)
+            if number == 1:
+                others.append(path)
+                continue
+            if number == 2 and tail.startswith("mlp"):
+                del config["layers"][path]
                 for name in [name for name in tensors if name.startswith(f"{path}.scap_")]:
                     del tensors[name]
-            weights = _rounded(tensors.pop(f"{path}.weight"), *_integer_kind(tail, group_size))
+            weights = _rounded(tensors.pop(f"{path}.weight"), *_integer_kind(tail))
             storages[path] = packed_storage(LayerShape(path, inputs, outputs), weights)
             for name, tensor in storages[path].write(weights).items():
                 tensors[f"{path}.{name}"] = tensor
-    config["quantization_config"] = packed_config(storages, ["lm_head"])
+    config["quantization_config"] = packed_config(storages, others)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     write_config(folder, config)
     return folder
 
 
-def _integer_kind(tail: str, group_size: int) -> tuple[int, int | None, bool]:
+def _integer_kind(tail: str) -> tuple[int, int | None, bool]:
     """Bits, group size and whether there are zero points."""
     if tail.startswith("self_attn"):
-        return {"o_proj": (4, group_size, True), "k_proj": (4, None, True)}.get(tail[10:], (8, None, True))
-    return (8, 64, False) if tail == "mlp.down_proj" else (4, group_size, False)
+        return {"o_proj": (4, 32, True), "k_proj": (4, None, True)}.get(tail[10:], (8, None, True))
+    return (8, 64, False) if tail == "mlp.down_proj" else (4, 32, False)
 
 
 def _rounded(weight: Tensor, bits: int, group_size: int | None, has_zero_points: bool) -> IntegerWeights:
