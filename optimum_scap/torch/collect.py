@@ -18,8 +18,9 @@ from ..data.padding import Padding
 from ..data.samples import describe_sample, inputs_of
 from ..errors import SCAPError, first_line, raise_interruption_behind
 from .blocks.experts import observed
+from .criterion import prune, pruned_mask
 from .expert_layers import ExpertLayer
-from .linear import is_pruned, prune, pruned_mask
+from .linear import is_pruned
 
 
 if TYPE_CHECKING:

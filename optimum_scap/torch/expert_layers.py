@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..core.config import ApplyTo, Experts
 from ..core.parameters import LayerParameters
-from .linear import Pruned, prune
+from .criterion import prune
+from .linear import Pruned
 
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

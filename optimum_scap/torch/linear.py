@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..core.config import MOST_DECODED_SEQUENCES, ApplyTo
 from ..core.parameters import LayerParameters
 from ..errors import SCAPError
+from .criterion import prune
 from .dispatch import Way, decodes, may_call_kernel, way_of
 from .given import GivenOutput
 from .kernels import sparse_linear
@@ -29,12 +30,6 @@ from .weights import Weights, find_format
 
 # Vectors that stay float32 whatever type the model is converted to, by what SCAPParameters call them.
 VECTORS = {"scale": "scap_scale", "bias_correction": "scap_bias_correction"}
-
-
-def pruned_mask(x: Tensor, mode: float, threshold: float, scale: Tensor | None = None) -> Tensor:
-    """Which elements of `x` `[..., in_features]` are pruned: a bool tensor of the same shape."""
-    distance = (x.float() - mode).abs()
-    return (distance if scale is None else distance * scale) <= threshold
 
 
 def round_down(threshold: float, dtype: torch.dtype) -> float:
@@ -48,12 +43,6 @@ def round_down(threshold: float, dtype: torch.dtype) -> float:
         bits = np.array(threshold, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
         return float(bits.view(np.float32))
     return threshold
-
-
-def prune(x: Tensor, mode: float, threshold: float, scale: Tensor | None = None) -> Tensor:
-    """`x` with `mode` in place of every element that is pruned. Gradients pass through what is kept."""
-    pruned = pruned_mask(x, mode, threshold, scale)
-    return torch.where(pruned, torch.full((), mode, dtype=x.dtype, device=x.device), x)
 
 
 class Pruned:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..torch.dispatch import MAX_SPARSE_ROWS
 from ..torch.kernels import library
-from ..torch.weights import Weights, find_format
-from .operation import Biases, Part, part_of, pruned, spans_of
+from ..torch.weights import Weights
+from .operation import Biases, Part, joined, multiply_parts, part_of, row_count, spans_of
 
 
 def served_integer_linear(
@@ -26,7 +26,7 @@ def served_integer_linear(
         weights: of each part, all in one format, with groups of one size and one kind of zero points.
         biases: from `operation.fold_sums`.
         parts: of the outputs.
-        decode_only: whether more than `sparse_rows` rows are left dense.
+        decode_only: whether more than 8 rows are left dense.
         sparse_rows: up to so many rows run the sparse operation, at most 8.
 
     Returns:
@@ -59,24 +59,11 @@ def _served_integer_linear(
     decode_only: bool,
     sparse_rows: int,
 ) -> Tensor:
-    rows = x.numel() // max(1, x.shape[-1])
-    spans = spans_of(sizes)
-    weight_format = find_format(format)
-    if 0 < rows <= sparse_rows:
-        biases = [part_of(sparse_bias, span) for span in spans]
-        if rows == 1 and all(threshold < 0 for threshold in thresholds):
-            outputs = library.linear_group(x, tensors, format, biases)
-        else:
-            outputs = library.sparse_linear_group(x, tensors, format, biases, thresholds, modes, scales)
-    else:
-        is_dense = rows > sparse_rows and decode_only
-        bias = dense_bias if is_dense else pruned_bias
-        criteria = zip(weight_format.layers(tensors), spans, thresholds, modes, scales, strict=True)
-        outputs = [
-            weight_format.multiply(x if is_dense else pruned(x, threshold, mode, scale), layer, part_of(bias, span))
-            for layer, span, threshold, mode, scale in criteria
-        ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    if 1 == row_count(x) <= sparse_rows and all(threshold < 0 for threshold in thresholds):
+        added = [part_of(sparse_bias, span) for span in spans_of(sizes)]
+        return joined(library.linear_group(x, tensors, format, added))
+    biases = Biases(dense_bias, pruned_bias, sparse_bias)
+    return multiply_parts(x, tensors, format, biases, sizes, thresholds, modes, scales, decode_only, sparse_rows)
 
 
 _library = torch.library.Library(library.NAMESPACE, "FRAGMENT")

@@ -12,7 +12,7 @@ from ..errors import SCAPError, printable
 from ..torch.quantized import Storage
 from ..torch.weights import Weights, find_format
 from .integer_operation import kind, served_integer_linear
-from .operation import Biases, Part, fold, fold_sums, merged, part_of, served_linear, spans_of
+from .operation import Biases, Part, fold, fold_sums, joined, merged, part_of, served_linear, spans_of
 from .parts import LayerParts, part_number, ranks_of_outputs
 from .stored import Cut, StoredLayers, packed_shard
 
@@ -174,7 +174,7 @@ class SCAPIntegerLinearMethod(LinearMethodBase):
             weights = [Weights(format, tuple(getattr(layer, name) for name in each)) for each in names]
             biases = without if bias is None else with_bias
             outputs.append(served_integer_linear(x, weights, biases, parts, self._decode_only))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return joined(outputs)
 
 
 class _PartLoader:

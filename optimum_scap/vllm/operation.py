@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..torch.dispatch import MAX_SPARSE_ROWS
+from ..core.config import MOST_DECODED_SEQUENCES
 from ..torch.kernels import library
+from ..torch.weights import find_format
 
 
 # Up to so many rows the sparse operation is faster than products of the pruned input, one for each criterion
@@ -144,21 +145,54 @@ def _served_linear(
     decode_only: bool,
     sparse_rows: int,
 ) -> Tensor:
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows > MAX_SPARSE_ROWS and decode_only:
-        return F.linear(x, weight, dense_bias)
+    if decode_only and not decodes(x):
+        return F.linear(x, weight, dense_bias)  # one product, whatever the parts are
+    weights = [weight[span] for span in spans_of(sizes)]
+    biases = Biases(dense_bias, pruned_bias, sparse_bias)
+    return multiply_parts(x, weights, "dense", biases, sizes, thresholds, modes, scales, decode_only, sparse_rows)
+
+
+def multiply_parts(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    format: str,
+    biases: Biases,
+    sizes: Sequence[int],
+    thresholds: Sequence[float],
+    modes: Sequence[float],
+    scales: Sequence[Tensor | None],
+    decode_only: bool,
+    sparse_rows: int,
+) -> Tensor:
+    """What the operations do, over the tensors of each part in turn, all in the format of `torch.weights`."""
     spans = spans_of(sizes)
-    weights = [weight[span] for span in spans]
-    if 0 < rows <= sparse_rows:
-        outputs = library.sparse_linear_group(
-            x, weights, "dense", [part_of(sparse_bias, span) for span in spans], thresholds, modes, scales
-        )
-    else:
-        outputs = [
-            F.linear(pruned(x, threshold, mode, scale), part, part_of(pruned_bias, span))
-            for part, span, threshold, mode, scale in zip(weights, spans, thresholds, modes, scales, strict=True)
-        ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    if 0 < row_count(x) <= sparse_rows:
+        added = [part_of(biases.sparse, span) for span in spans]
+        return joined(library.sparse_linear_group(x, tensors, format, added, thresholds, modes, scales))
+    is_dense = decode_only and not decodes(x)
+    bias = biases.dense if is_dense else biases.pruned
+    weight_format = find_format(format)
+    criteria = zip(weight_format.layers(tensors), spans, thresholds, modes, scales, strict=True)
+    outputs = [
+        weight_format.multiply(x if is_dense else _pruned(x, threshold, mode, scale), layer, part_of(bias, span))
+        for layer, span, threshold, mode, scale in criteria
+    ]
+    return joined(outputs)
+
+
+def row_count(x: Tensor) -> int:
+    """Of `x` `[..., in_features]`."""
+    return x.numel() // max(1, x.shape[-1])
+
+
+def decodes(x: Tensor) -> bool:
+    """Whether `x` is pruned where decoding alone is. vLLM's rows do not say whose they are: their number decides."""
+    return row_count(x) <= MOST_DECODED_SEQUENCES
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """The outputs of parts, side by side."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=-1)
 
 
 def spans_of(sizes: Sequence[int]) -> list[slice]:
@@ -171,8 +205,7 @@ def part_of(bias: Tensor | None, span: slice) -> Tensor | None:
     return None if bias is None else bias[span]
 
 
-def pruned(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
-    """The input of a part, for the ordinary product."""
+def _pruned(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
     return x if threshold < 0 else library.run(library.prune_input, x, threshold, mode, scale)
 
 

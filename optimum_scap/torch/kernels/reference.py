@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..criterion import prune
 from ..weights import find_format
 from ..weights.packed import PackedFormat
 
@@ -41,10 +42,7 @@ def check_scale(x: Tensor, scale: Tensor | None) -> None:
 def prune_input(x: Tensor, threshold: float, mode: float, scale: Tensor | None) -> Tensor:
     """`x` `[..., in_features]` with the mode, rounded to its type, in place of every element that is pruned."""
     check_scale(x, scale)
-    x = x.contiguous()
-    distance = (x.float() - mode).abs()
-    pruned = (distance if scale is None else distance * scale) <= threshold
-    return torch.where(pruned, torch.full((), mode, dtype=x.dtype, device=x.device), x)
+    return prune(x.contiguous(), mode, threshold, scale)
 
 
 def _sparse_linear_float32(
